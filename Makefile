@@ -1,0 +1,50 @@
+# `make demo` and `make test` do everything, from a bare checkout; see README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+UV_LOCK := .venv/uv.lock
+
+.PHONY: setup demo test check format chaos lock schema clean
+
+setup: $(STAMP)
+
+# pip brings only uv, by the hash in the one lock file; uv brings everything else from it.
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@awk '/^uv==/ {on = 1} on && /^[^ ]/ && !/^uv==/ {exit} on' requirements.lock > $(UV_LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(UV_LOCK)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/segformer3d demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+# The slow suite: many kills, long runs.
+chaos: setup
+	$(BIN)/python -m pytest -m slow
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Renew every pin; no index address goes into the file.
+lock: setup
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
+		--generate-hashes --no-emit-index-url --no-header pyproject.toml --output-file requirements.lock
+
+# The JSON schema of a job file, for editors.
+schema: setup
+	$(BIN)/python -m jobs.schema
+
+clean:
+	rm -rf .venv demo dist

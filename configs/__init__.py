@@ -1,0 +1,1 @@
+"""YAML templates and the job schema, shipped as package data."""

@@ -1,0 +1,1 @@
+"""What a user submits: specs, plans, manifests, runs, and the one command line."""

@@ -1,0 +1,181 @@
+"""Drivers of one job: who is there, and how to ask them to stop.
+
+A lease is only a number, made create-only. It saves double work and names whom to cancel; safety
+rests on the commit records alone, so no clock is trusted and any number of drivers may work.
+"""
+
+import datetime
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from pipeline.errors import StorageError
+from pipeline.layout import LEASE_PREFIX, cancel_key, heartbeat_key, lease_key
+from pipeline.records import canonical_json
+from pipeline.storage import Store, create_once
+
+HEARTBEAT_S = 5.0
+# A driver that has been silent for longer is taken for dead; only said, never relied upon.
+SILENT_S = 30.0
+
+DriverState = Literal["submitted", "planning", "running", "draining", "ended"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """A driver's last sign of life.
+
+    Attributes:
+        lease: Number of its lease.
+        host: Its machine.
+        pid: Its process there.
+        at: When it was written, ISO 8601 in UTC.
+        state: What it was doing.
+        num_done: Shards decided, as far as it knew.
+        num_shards: Shards of the plan; 0 before there is one.
+        frames_per_s: Its rate lately.
+    """
+
+    lease: int
+    host: str
+    pid: int
+    at: str
+    state: DriverState
+    num_done: int = 0
+    num_shards: int = 0
+    frames_per_s: float = 0.0
+
+    @classmethod
+    def now(cls, lease: int, state: DriverState, **progress: Any) -> Self:
+        """This process's heartbeat."""
+        return cls(
+            lease=lease,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            state=state,
+            **progress,
+        )
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was written, by this machine's clock."""
+        written = datetime.datetime.fromisoformat(self.at)
+        return (datetime.datetime.now(datetime.UTC) - written).total_seconds()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its driver is probably still there."""
+        if self.state == "ended":
+            return False
+        if self.state == "submitted":
+            return True
+        if self.host == socket.gethostname() and not _process_exists(self.pid):
+            return False
+        return self.age_s < SILENT_S
+
+
+def take_lease(store: Store, state: DriverState = "planning") -> int:
+    """The next free number, now this driver's."""
+    mine = canonical_json({"driver": uuid.uuid4().hex, "host": socket.gethostname()})
+    number = 1 + max(_numbers(store, "lease-"), default=0)
+    while create_once(store, lease_key(number), mine) != mine:
+        number += 1
+    beat(store, Heartbeat.now(number, state))
+    return number
+
+
+def beat(store: Store, heartbeat: Heartbeat) -> None:
+    """Write a sign of life; each driver has a key of its own."""
+    store.put(heartbeat_key(heartbeat.lease), canonical_json(asdict(heartbeat)))
+
+
+def heartbeats(store: Store) -> list[Heartbeat]:
+    """Last sign of life of every driver that the job ever had, oldest lease first."""
+    keys = [heartbeat_key(number) for number in sorted(_numbers(store, "heartbeat-"))]
+    found = []
+    for _, data in store.read_many(keys):
+        if not isinstance(data, StorageError):
+            found.append(Heartbeat(**json.loads(data)))
+    return found
+
+
+def request_cancel(store: Store) -> list[Heartbeat]:
+    """Ask every live driver to finish the shards in its actors and stop; returns those asked."""
+    asked = [heartbeat for heartbeat in heartbeats(store) if heartbeat.is_alive]
+    for heartbeat in asked:
+        mark_cancelled(store, heartbeat.lease)
+    return asked
+
+
+def mark_cancelled(store: Store, lease: int) -> None:
+    """Ask the driver of one lease to drain; its stages look for this marker."""
+    store.put(cancel_key(lease), b"")
+
+
+def is_cancelled(store: Store, lease: int) -> bool:
+    """Whether that driver was asked to drain."""
+    return store.head(cancel_key(lease)) is not None
+
+
+class Pulse:
+    """Writes a heartbeat every few seconds in a thread of its own, until closed.
+
+    Args:
+        store: The job's store.
+        lease: This driver's lease.
+        progress: Gives the fields of ``Heartbeat`` that change.
+    """
+
+    def __init__(self, store: Store, lease: int, progress: Callable[[], dict[str, Any]]) -> None:
+        self._store, self._lease, self._progress = store, lease, progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._beat("ended")
+
+    def _run(self) -> None:
+        self._beat(None)
+        while not self._stop.wait(HEARTBEAT_S):
+            self._beat(None)
+
+    def _beat(self, state: DriverState | None) -> None:
+        fields = self._progress()
+        if state is not None:
+            fields["state"] = state
+        try:
+            beat(self._store, Heartbeat.now(self._lease, **fields))
+        except StorageError:
+            # A missed sign of life costs nothing but news.
+            return
+
+
+def _numbers(store: Store, name: str) -> list[int]:
+    found = []
+    for item in store.list(LEASE_PREFIX):
+        stem = item.key.removeprefix(LEASE_PREFIX)
+        if stem.startswith(name):
+            found.append(int(stem.removeprefix(name).removesuffix(".json")))
+    return found
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,217 @@
+"""Which shards of a generation are decided, and by which attempt: the truth that readers go by.
+
+A shard is decided when its commit record exists. Ranges of 1,000 shards that are all decided are
+sealed: their records go into one snapshot table and their folders are never listed again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit import parse_commit
+from pipeline.errors import JobError, StorageError
+from pipeline.layout import MANIFEST_PREFIX, SHARDS_PER_RANGE, Generation, shard_of
+from pipeline.records import CommitRecord, DataFile
+from pipeline.storage import Store
+
+_META = b"segformer3d-manifest"
+_FILE = pa.struct([("path", pa.string()), ("size_bytes", pa.int64()), ("sha256", pa.string())])
+_QUARANTINED = pa.struct(
+    [
+        ("asset", pa.string()),
+        ("frame_index", pa.int64()),
+        ("kind", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+SNAPSHOT_SCHEMA = pa.schema(
+    [
+        pa.field("shard_id", pa.int64(), nullable=False),
+        pa.field("attempt", pa.string(), nullable=False),
+        pa.field("files", pa.list_(_FILE), nullable=False),
+        pa.field("num_rows", pa.int64(), nullable=False),
+        pa.field("num_ok", pa.int64(), nullable=False),
+        pa.field("quarantined", pa.list_(_QUARANTINED), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A look at a generation's commit records.
+
+    Attributes:
+        store: The job's store.
+        generation: Which generation.
+        plan_id: Its plan.
+        num_shards: Shards of that plan.
+        sealed_ranges: Ranges that the snapshot answers for.
+        sealed: Their records, as a table of ``SNAPSHOT_SCHEMA``.
+        open_ids: Decided shards outside the sealed ranges, sorted.
+    """
+
+    store: Store
+    generation: Generation
+    plan_id: str
+    num_shards: int
+    sealed_ranges: frozenset[int]
+    sealed: pa.Table
+    open_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, store: Store, generation: Generation, plan_id: str, num_shards: int) -> Self:
+        """List what is not sealed.
+
+        Raises:
+            JobError: If a record lies outside the plan.
+            StorageError: If the store cannot be listed.
+        """
+        sealed_ranges, sealed = _best_snapshot(store, generation, plan_id)
+        open_ids: list[int] = []
+        for range_id in range(_num_ranges(num_shards)):
+            if range_id in sealed_ranges:
+                continue
+            for item in store.list(generation.range_prefix(range_id)):
+                shard_id = shard_of(item.key)
+                if shard_id is None or not 0 <= shard_id < num_shards:
+                    message = f"{item.key} does not belong to this plan; run `verify`"
+                    raise JobError(message)
+                open_ids.append(shard_id)
+        return cls(
+            store=store,
+            generation=generation,
+            plan_id=plan_id,
+            num_shards=num_shards,
+            sealed_ranges=sealed_ranges,
+            sealed=sealed,
+            open_ids=tuple(sorted(open_ids)),
+        )
+
+    @property
+    def num_done(self) -> int:
+        """Decided shards."""
+        return int(self.sealed.num_rows) + len(self.open_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every planned shard is decided."""
+        return self.num_done == self.num_shards
+
+    def done(self) -> npt.NDArray[np.bool_]:
+        """One flag per shard of the plan."""
+        flags = np.zeros(self.num_shards, np.bool_)
+        flags[np.array(self.sealed["shard_id"].to_pylist(), np.int64)] = True
+        flags[np.array(self.open_ids, np.int64)] = True
+        return flags
+
+    def records(self) -> Iterator[CommitRecord]:
+        """Every commit record: the sealed ones first, then the open ones as they are read.
+
+        Raises:
+            JobError: If a record is malformed or foreign.
+            StorageError: If one cannot be read.
+        """
+        for row in self.sealed.to_batches():
+            yield from (_record(item, self.plan_id) for item in row.to_pylist())
+        yield from self._read(self.open_ids)
+
+    def seal(self) -> Self:
+        """Move ranges that are all decided into a new snapshot; safe to repeat and to race."""
+        ready = _complete_ranges(self.open_ids, self.num_shards)
+        if not ready:
+            return self
+        moved = [item for item in self.open_ids if item // SHARDS_PER_RANGE in ready]
+        rows = [_row(record) for record in self._read(moved)]
+        added = pa.Table.from_pylist(rows, schema=SNAPSHOT_SCHEMA)
+        table = pa.concat_tables([self.sealed, added]).sort_by("shard_id")
+        ranges = self.sealed_ranges | ready
+        _write_snapshot(self.store, self.generation, self.plan_id, ranges, table)
+        rest = tuple(item for item in self.open_ids if item // SHARDS_PER_RANGE not in ready)
+        return type(self)(
+            self.store, self.generation, self.plan_id, self.num_shards, ranges, table, rest
+        )
+
+    def _read(self, shard_ids: Sequence[int]) -> Iterator[CommitRecord]:
+        keys = [self.generation.commit_key(shard_id) for shard_id in shard_ids]
+        for shard_id, (_, data) in zip(shard_ids, self.store.read_many(keys), strict=True):
+            if isinstance(data, StorageError):
+                raise data
+            yield parse_commit(data, self.plan_id, shard_id)
+
+
+def _num_ranges(num_shards: int) -> int:
+    return -(-num_shards // SHARDS_PER_RANGE)
+
+
+def _complete_ranges(open_ids: Sequence[int], num_shards: int) -> frozenset[int]:
+    if not open_ids:
+        return frozenset()
+    counts = np.bincount(np.array(open_ids, np.int64) // SHARDS_PER_RANGE)
+    sizes = np.minimum(SHARDS_PER_RANGE, num_shards - np.arange(len(counts)) * SHARDS_PER_RANGE)
+    return frozenset(np.flatnonzero((counts == sizes) & (counts > 0)).tolist())
+
+
+def _best_snapshot(
+    store: Store, generation: Generation, plan_id: str
+) -> tuple[frozenset[int], pa.Table]:
+    prefix = f"{MANIFEST_PREFIX}snapshot-{generation.number:04d}-"
+    keys = sorted(item.key for item in store.list(MANIFEST_PREFIX) if item.key.startswith(prefix))
+    if not keys:
+        return frozenset(), SNAPSHOT_SCHEMA.empty_table()
+    table = pq.read_table(pa.BufferReader(store.read(keys[-1])))
+    meta = json.loads(table.schema.metadata[_META])
+    if meta["plan_id"] != plan_id:
+        message = f"{keys[-1]} belongs to another plan; run `verify`"
+        raise JobError(message)
+    return frozenset(meta["ranges"]), table.replace_schema_metadata(None)
+
+
+def _write_snapshot(
+    store: Store, generation: Generation, plan_id: str, ranges: frozenset[int], table: pa.Table
+) -> None:
+    meta = json.dumps({"plan_id": plan_id, "ranges": sorted(ranges)}).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_META: meta}), sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    digest = hashlib.sha256(data).hexdigest()[:12]
+    name = f"snapshot-{generation.number:04d}-{len(ranges):06d}-{digest}.parquet"
+    store.put(f"{MANIFEST_PREFIX}{name}", data)
+
+
+def _row(record: CommitRecord) -> dict[str, Any]:
+    return {
+        "shard_id": record.shard_id,
+        "attempt": record.attempt,
+        "files": [
+            {"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256}
+            for file in record.files
+        ],
+        "num_rows": record.num_rows,
+        "num_ok": record.num_ok,
+        "quarantined": [
+            dict(zip(("asset", "frame_index", "kind", "reason"), item, strict=True))
+            for item in record.quarantined
+        ],
+    }
+
+
+def _record(row: dict[str, Any], plan_id: str) -> CommitRecord:
+    return CommitRecord(
+        shard_id=row["shard_id"],
+        plan_id=plan_id,
+        attempt=row["attempt"],
+        files=tuple(DataFile(**item) for item in row["files"]),
+        num_rows=row["num_rows"],
+        num_ok=row["num_ok"],
+        quarantined=tuple(
+            (item["asset"], item["frame_index"], item["kind"], item["reason"])
+            for item in row["quarantined"]
+        ),
+    )

@@ -1,0 +1,308 @@
+"""Archive -> assets -> shards: the immutable, deterministic list of what a generation will do.
+
+Shards follow the order of the assets' paths, whatever the order of the listing. The plan's identity
+is a hash over the shards; where the archive lies is not part of it.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.progress import track
+from jobs.spec import JobSpec
+from pipeline.decode import probe_assets
+from pipeline.errors import InputError, JobError, UserError
+from pipeline.geometry import Geometry, input_size
+from pipeline.layout import SHARDS_PER_RANGE, Generation
+from pipeline.records import Asset, ShardSpec, Slice, canonical_json, shards_to_table
+from pipeline.sources.assets import AssetProbe
+from pipeline.sources.listing import list_assets
+from pipeline.sources.slicing import Sampling, slice_asset
+from pipeline.storage import Store, compile_glob, create_once, open_input, open_store
+
+# Rows that are known to be errors have no pixels; their shards need some size all the same.
+_NO_PIXELS_SIZE = (32, 32)
+_PROBES_PER_CALL = 32
+_MAX_PROBERS = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanPart:
+    """One Parquet object of a plan: the shards of one range.
+
+    Attributes:
+        key: Its key within the job.
+        first_shard: Its first shard.
+        num_shards: How many it holds.
+    """
+
+    key: str
+    first_shard: int
+    num_shards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What ``plan.json`` holds.
+
+    Attributes:
+        plan_id: Hash over the ordered shards.
+        num_shards: Shards.
+        num_frames: Planned frames, each of which ends with exactly one outcome.
+        num_known_errors: Those of them that the planner already knows to be unreadable.
+        num_images: Images of the archive.
+        num_videos: Videos of the archive.
+        num_ignored: Other files there.
+        size_bytes: Size of all assets.
+        video_duration_s: Play time of all videos.
+        num_pixels: Model input pixels over all planned frames.
+        parts: The shards themselves.
+    """
+
+    plan_id: str
+    num_shards: int
+    num_frames: int
+    num_known_errors: int
+    num_images: int
+    num_videos: int
+    num_ignored: int
+    size_bytes: int
+    video_duration_s: float
+    num_pixels: int
+    parts: tuple[PlanPart, ...] = ()
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """From the plain data of ``plan.json``."""
+        parts = tuple(PlanPart(**part) for part in fields.pop("parts"))
+        return cls(**fields, parts=parts)
+
+
+class Planner:
+    """Plans one archive.
+
+    Args:
+        spec: The job.
+
+    Raises:
+        UserError: If the archive does not exist, or holds nothing to annotate.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.store, self.pattern = open_input(spec.input.url, spec.input.storage.options())
+        self.assets, self.num_ignored = self._list()
+        self._hash = hashlib.sha256()
+        self._counts = dict.fromkeys(
+            ("num_shards", "num_frames", "num_known_errors", "num_pixels"), 0
+        )
+        self._duration_s = 0.0
+
+    def shards(self) -> Iterator[ShardSpec]:
+        """Probe the assets and gather their frames into shards, in order; once only."""
+        probes = track(self._probes(), "planning", total=len(self.assets), unit="assets")
+        slices = gather(self._slices(probes), self.spec.shard.frames)
+        for shard_id, (size, parts) in enumerate(slices):
+            shard = ShardSpec(
+                shard_id=shard_id,
+                root=self.store.url,
+                input_width_px=size[0],
+                input_height_px=size[1],
+                slices=parts,
+            )
+            self._count(shard)
+            yield shard
+
+    def plan(self, parts: Sequence[PlanPart] = ()) -> Plan:
+        """What was planned, after ``shards`` has been read to its end."""
+        return Plan(
+            plan_id=self._hash.hexdigest(),
+            num_images=sum(asset.kind == "image" for asset in self.assets),
+            num_videos=sum(asset.kind == "video" for asset in self.assets),
+            num_ignored=self.num_ignored,
+            size_bytes=sum(asset.size_bytes for asset in self.assets),
+            video_duration_s=self._duration_s,
+            parts=tuple(parts),
+            **self._counts,
+        )
+
+    def _list(self) -> tuple[list[Asset], int]:
+        excluded = [compile_glob(pattern) for pattern in self.spec.input.exclude]
+        output = _folder_within(self.store.url, self.spec.output.url)
+
+        def wanted(key: str) -> bool:
+            # An output inside the archive is not part of it.
+            if output is not None and key.startswith(output):
+                return False
+            return not any(pattern.fullmatch(key) for pattern in excluded)
+
+        listing = list_assets(self.store, self.pattern, wanted=wanted)
+        if not listing.assets:
+            message = (
+                f"{self.spec.input.url}: no image or video here"
+                f" ({listing.num_ignored} other files); name a folder, a file or a glob"
+            )
+            raise UserError(message)
+        return list(listing.assets), listing.num_ignored
+
+    def _probes(self) -> Iterator[AssetProbe]:
+        """Probes in the order of the assets, from a few decoding children at a time."""
+
+        def probe(assets: Sequence[Asset]) -> list[AssetProbe]:
+            options, limits = self.spec.input.storage.options(), self.spec.limits.limits()
+            return probe_assets(self.store.url, assets, options, limits)
+
+        chunks = _chunks(iter(self.assets), _PROBES_PER_CALL)
+        with ThreadPoolExecutor(min(_MAX_PROBERS, os.cpu_count() or 1)) as pool:
+            waiting: deque[Future[list[AssetProbe]]] = deque()
+            for chunk in chunks:
+                waiting.append(pool.submit(probe, chunk))
+                if len(waiting) > 2 * _MAX_PROBERS:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+
+    def _slices(self, probes: Iterable[AssetProbe]) -> Iterator[tuple[tuple[int, int], Slice]]:
+        sampling = Sampling(
+            every_nth=self.spec.sampling.every_nth,
+            frames_per_second=self.spec.sampling.frames_per_second,
+        )
+        for probe in probes:
+            self._duration_s += probe.duration_s
+            for part in slice_asset(probe, sampling=sampling, target_frames=self.spec.shard.frames):
+                yield sized(part, self.spec.geometry.geometry())
+
+    def _count(self, shard: ShardSpec) -> None:
+        fields = asdict(shard)
+        # A moved archive is the same archive.
+        del fields["root"]
+        self._hash.update(canonical_json(fields) + b"\n")
+        self._counts["num_shards"] += 1
+        self._counts["num_frames"] += shard.num_frames
+        for part in shard.slices:
+            if part.error_kind is not None:
+                self._counts["num_known_errors"] += len(part.frame_index)
+            else:
+                pixels = shard.input_width_px * shard.input_height_px
+                self._counts["num_pixels"] += pixels * len(part.frame_index)
+
+
+def sized(part: Slice, geometry: Geometry) -> tuple[tuple[int, int], Slice]:
+    """The model input size of a slice; one that has none is turned into an error."""
+    if part.error_kind is not None:
+        return _NO_PIXELS_SIZE, part
+    try:
+        return input_size(part.width, part.height, geometry), part
+    except InputError as error:
+        return _NO_PIXELS_SIZE, replace(part, error_kind=error.kind, error=error.message)
+
+
+def gather(
+    slices: Iterable[tuple[tuple[int, int], Slice]], target_frames: int
+) -> Iterator[tuple[tuple[int, int], tuple[Slice, ...]]]:
+    """Slices of one input size together, until there are enough frames for a shard.
+
+    Args:
+        slices: ``(input size, slice)``, in the order of the assets.
+        target_frames: Frames per shard; a shard holds at most twice as many.
+
+    Yields:
+        ``(input size, slices)`` per shard.
+    """
+    waiting: dict[tuple[int, int], list[Slice]] = {}
+    for size, part in slices:
+        held = waiting.setdefault(size, [])
+        frames = sum(len(item.frame_index) for item in held)
+        if held and frames + len(part.frame_index) > 2 * target_frames:
+            yield size, tuple(held)
+            held.clear()
+            frames = 0
+        held.append(part)
+        if frames + len(part.frame_index) >= target_frames:
+            yield size, tuple(held)
+            held.clear()
+    for size, held in sorted(waiting.items()):
+        if held:
+            yield size, tuple(held)
+
+
+def read_plan(store: Store, generation: Generation) -> Plan | None:
+    """The plan of a generation; None if it is not planned yet.
+
+    Raises:
+        JobError: If ``plan.json`` cannot be understood.
+    """
+    if store.head(generation.plan_key) is None:
+        return None
+    try:
+        return Plan.from_fields(json.loads(store.read(generation.plan_key)))
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"{generation.plan_key} is malformed: {error}"
+        raise JobError(message) from error
+
+
+def make_plan(store: Store, generation: Generation, spec: JobSpec) -> Plan:
+    """Plan the archive and fix the plan; if another driver was faster, theirs counts."""
+    planner = Planner(spec)
+    name = uuid.uuid4().hex
+    parts: list[PlanPart] = []
+    for shards in _chunks(planner.shards(), SHARDS_PER_RANGE):
+        key = generation.plan_part_key(name, len(parts))
+        store.put(key, _parquet(shards))
+        parts.append(PlanPart(key=key, first_shard=shards[0].shard_id, num_shards=len(shards)))
+    mine = canonical_json(asdict(planner.plan(parts)))
+    held = create_once(store, generation.plan_key, mine)
+    if held != mine:
+        store.delete([part.key for part in parts])
+    plan = read_plan(store, generation)
+    if plan is None:
+        message = f"{store.url}: the plan disappeared while it was made"
+        raise JobError(message)
+    return plan
+
+
+def check_archive(spec: JobSpec) -> None:
+    """Find the archive's place, or raise ``UserError``; quick, before anything is written."""
+    open_input(spec.input.url, spec.input.storage.options())
+
+
+def open_output(spec: JobSpec) -> Store:
+    """The store of the job, made if it is a local folder that does not exist.
+
+    Raises:
+        UserError: If it cannot be reached or made.
+    """
+    return open_store(spec.output.url, spec.output.storage.options(), create=True)
+
+
+def _folder_within(root: str, url: str) -> str | None:
+    """Key prefix of the folder ``url`` below ``root``, with a trailing slash; None if outside."""
+    if "://" not in url:
+        url = os.path.normpath(Path(url).expanduser().absolute())
+    inside = url.rstrip("/") + "/"
+    outside = root.rstrip("/") + "/"
+    return inside.removeprefix(outside) if inside.startswith(outside) else None
+
+
+def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def _parquet(shards: Sequence[ShardSpec]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(shards_to_table(shards), sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())

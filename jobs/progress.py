@@ -1,0 +1,91 @@
+"""Progress where a person looks: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Never, Self, TypeVar
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 10.0
+_QUIET_FIRST_S = 2.0
+
+T = TypeVar("T")
+
+
+class Progress:
+    """A counter with rate and time left.
+
+    Args:
+        what: What is counted, for the line's head.
+        total: How many there will be; None if nobody knows.
+        done: How many are already done.
+        unit: What one is called.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, *, done: int = 0, unit: str = "frames"
+    ) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = self._first = done
+        self.notes: dict[str, object] = {}
+        self._started = time.monotonic()
+        self._said = self._started - _LINE_EVERY_S + _QUIET_FIRST_S
+        self._bar: tqdm[Never] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=what, total=total, initial=done, unit=f" {unit}", dynamic_ncols=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif time.monotonic() - self._started > _QUIET_FIRST_S:
+            self._line()
+
+    @property
+    def rate(self) -> float:
+        """Done per second since the start."""
+        return (self.done - self._first) / max(1e-9, time.monotonic() - self._started)
+
+    def advance(self, count: int, **notes: object) -> None:
+        """Count, and say so if it is time."""
+        self.done += count
+        self.notes |= notes
+        if self._bar is not None:
+            self._bar.set_postfix(self.notes, refresh=False)
+            self._bar.update(count)
+            return
+        if time.monotonic() - self._said >= _LINE_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        self._said = time.monotonic()
+        parts = [f"{self.what}: {self.done}"]
+        if self.total is not None:
+            parts[0] += f" of {self.total} {self.unit}"
+            parts.append(f"{100 * self.done / max(1, self.total):.0f}%")
+        else:
+            parts[0] += f" {self.unit}"
+        parts.append(f"{self.rate:.1f}/s")
+        if self.total is not None and self.rate > 0:
+            parts.append(f"{max(0, self.total - self.done) / self.rate:.0f} s left")
+        parts.extend(f"{name} {value}" for name, value in self.notes.items())
+        say(", ".join(parts))
+
+
+def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str) -> Iterator[T]:
+    """Pass items through, counting."""
+    with Progress(what, total, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)
+
+
+def say(message: str) -> None:
+    """One line for a person; results go to standard output, this does not."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()

@@ -1,0 +1,151 @@
+"""``job.json``: the create-only object that says whose output this is.
+
+It pins everything that decides the outputs, so that a resume with anything else is refused by name.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from jobs.spec import JobSpec, check_spec
+from pipeline.errors import ConflictError, JobError, ObjectNotFoundError, UserError
+from pipeline.layout import JOB_KEY, LAYOUT_VERSION, OWN_PREFIXES, PROBE_PREFIX, WEIGHTS_PREFIX
+from pipeline.records import canonical_json
+from pipeline.storage import Store, create_once, probe_conditional_writes
+
+# Changes only when the same inputs would give other outputs.
+OUTPUT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What ``job.json`` holds.
+
+    Attributes:
+        spec: The job as it was asked for.
+        identity: The settings that decide the outputs, by dotted name.
+        weights_sha256: Digest of the weights file, which lies beside the job.
+        trained: False for weights that only show that everything runs.
+        preprocessing: Mean, standard deviation and channel order of the weights.
+        labels: Class names by train id.
+        depth_codec: How depth codes read; None if the weights lack the head.
+        output_version: ``OUTPUT_VERSION`` of the software that made the job.
+        layout_version: ``LAYOUT_VERSION``, likewise.
+        software_version: The version that made the job; for people.
+    """
+
+    spec: dict[str, Any]
+    identity: dict[str, Any]
+    weights_sha256: str
+    trained: bool
+    preprocessing: dict[str, Any]
+    labels: list[str]
+    depth_codec: dict[str, Any] | None
+    output_version: int = OUTPUT_VERSION
+    layout_version: int = LAYOUT_VERSION
+    software_version: str = ""
+
+    @property
+    def weights_key(self) -> str:
+        """Where the job keeps its weights."""
+        return f"{WEIGHTS_PREFIX}{self.weights_sha256}.safetensors"
+
+    def job_spec(self) -> JobSpec:
+        """The spec, checked again."""
+        return check_spec(self.spec, JOB_KEY)
+
+    def to_json(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Inverse of ``to_json``.
+
+        Raises:
+            JobError: If the bytes are no job record, or one of a newer version.
+        """
+        try:
+            return cls(**json.loads(data))
+        except (TypeError, ValueError) as error:
+            message = f"{JOB_KEY} cannot be read by this version: {error}"
+            raise JobError(message) from error
+
+    def differences(self, other: Self) -> list[str]:
+        """Names of what decides the outputs and differs, with both values."""
+        mine, theirs = self._deciding(), other._deciding()
+        return [
+            f"{name}: {_short(theirs.get(name))} there, {_short(mine.get(name))} asked"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        ]
+
+    def _deciding(self) -> dict[str, Any]:
+        fields = asdict(self)
+        for name in ("spec", "software_version", "trained"):
+            del fields[name]
+        return {**fields.pop("identity"), **fields}
+
+
+def read_job(store: Store) -> JobRecord:
+    """The job that lives at a store.
+
+    Raises:
+        UserError: If there is none.
+    """
+    try:
+        return JobRecord.from_json(store.read(JOB_KEY))
+    except ObjectNotFoundError:
+        message = f"{store.url}: no job here (no {JOB_KEY}); `segformer3d list` finds jobs"
+        raise UserError(message) from None
+
+
+def claim_output(store: Store, record: JobRecord, *, single_driver: bool) -> JobRecord:
+    """Make the output this job's, or find that it is already.
+
+    Args:
+        store: The job's store.
+        record: The job as asked for now.
+        single_driver: The user vouches that no second driver will work here.
+
+    Returns:
+        The record that the store holds.
+
+    Raises:
+        ConflictError: If the output holds another job, or this one with other settings.
+        UserError: If it holds something else, or its store ignores conditional writes.
+    """
+    held = store.read(JOB_KEY) if store.head(JOB_KEY) is not None else None
+    if held is None:
+        _refuse_strangers(store)
+        if not single_driver and not probe_conditional_writes(store, PROBE_PREFIX):
+            message = (
+                f"{store.url}: this store ignores conditional writes, so two drivers could spoil "
+                "a job; use another store, or vouch with --set output.single_driver=true"
+            )
+            raise UserError(message)
+        held = create_once(store, JOB_KEY, record.to_json())
+    theirs = JobRecord.from_json(held)
+    differences = record.differences(theirs)
+    if differences:
+        message = (
+            f"{store.url} holds another job ({'; '.join(differences)}); "
+            "name another --output, or resume that job as it is with `segformer3d resume`"
+        )
+        raise ConflictError(message)
+    return theirs
+
+
+def _refuse_strangers(store: Store) -> None:
+    for item in store.list(""):
+        if not item.key.startswith(OWN_PREFIXES) and item.key != JOB_KEY:
+            message = (
+                f"{store.url} is not empty and holds no job (it has {item.key!r}); "
+                "name an empty or new --output"
+            )
+            raise UserError(message)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else f"{text[:77]}..."

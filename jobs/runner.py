@@ -1,0 +1,473 @@
+"""Run a job to its end, or to where it is stopped: claim, plan, annotate, finish; then resume.
+
+Every step can be repeated: a driver that dies anywhere leaves what the next one goes on from.
+"""
+
+import contextlib
+import hashlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import fsspec
+import numpy as np
+
+from jobs.cluster import connect
+from jobs.lease import DriverState, Pulse, heartbeats, is_cancelled, mark_cancelled, take_lease
+from jobs.manifest import Manifest
+from jobs.plan import Plan, check_archive, make_plan, open_output, read_plan
+from jobs.progress import Progress, say
+from jobs.record import JobRecord, claim_output, read_job
+from jobs.spec import JobSpec, RaySection
+from pipeline.errors import JobError, UserError
+from pipeline.layout import Generation, attempt_of, shard_of
+from pipeline.records import CommitRecord, ShardReceipt, canonical_json
+from pipeline.storage import StorageOptions, Store, open_store
+
+if TYPE_CHECKING:
+    from pipeline.graph import PendingPart
+    from pipeline.stages import StageContext
+
+Outcome = Literal["done", "quarantined", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        url: The job's URI.
+        outcome: ``done``, ``quarantined`` (done, with inputs that could not be read) or
+            ``interrupted`` (resumable).
+        num_frames: Planned frames.
+        num_ok: Frames annotated, over all runs of the job.
+        num_quarantined: Frames with a typed error.
+        num_shards: Shards of the plan.
+        num_done: Shards decided.
+        num_computed: Shards that this run decided.
+    """
+
+    url: str
+    outcome: Outcome
+    num_frames: int
+    num_ok: int
+    num_quarantined: int
+    num_shards: int
+    num_done: int
+    num_computed: int
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job whose output is claimed and whose weights lie in it."""
+
+    store: Store
+    record: JobRecord
+    spec: JobSpec
+
+    @property
+    def generation(self) -> Generation:
+        """The generation that is being made."""
+        return Generation(0)
+
+
+def run_job(spec: JobSpec) -> RunResult:
+    """Run a job, or go on with it if the output holds it unfinished.
+
+    Raises:
+        UserError: If the request cannot be carried out as it stands.
+        JobError: If the run had to stop; it can be resumed.
+        StorageError: Likewise, because of a store.
+    """
+    return drive(claim_job(spec))
+
+
+def resume_job(
+    url: str,
+    storage: StorageOptions,
+    *,
+    ray: RaySection | None = None,
+    lease: int | None = None,
+) -> RunResult:
+    """Go on with the job that lives at ``url``, with the settings that it was made with.
+
+    Args:
+        url: The job's URI.
+        storage: How to reach it.
+        ray: What to take of this machine or cluster instead.
+        lease: A lease that was taken for this run already.
+    """
+    return drive(reopen_job(url, storage, ray), lease)
+
+
+def claim_job(spec: JobSpec) -> OpenJob:
+    """Check the archive, load the weights, and make the output this job's."""
+    check_archive(spec)
+    weights = load_weights(spec)
+    record = make_record(spec, weights)
+    store = open_output(spec)
+    held = claim_output(store, record, single_driver=spec.output.single_driver)
+    if store.head(held.weights_key) is None:
+        store.put(held.weights_key, weights)
+    return OpenJob(store=store, record=held, spec=spec)
+
+
+def reopen_job(url: str, storage: StorageOptions, ray: RaySection | None = None) -> OpenJob:
+    """Open a job by its URI alone.
+
+    Raises:
+        UserError: If there is no job.
+        JobError: If its weights are gone or not those it was made with.
+    """
+    store = open_store(url, storage)
+    record = read_job(store)
+    spec = record.job_spec()
+    if ray is not None:
+        spec = spec.model_copy(update={"ray": ray})
+    if store.head(record.weights_key) is None:
+        _restore_weights(store, record, spec)
+    return OpenJob(store=store, record=record, spec=spec)
+
+
+def _restore_weights(store: Store, record: JobRecord, spec: JobSpec) -> None:
+    """The driver died between claiming the output and leaving the weights there."""
+    weights = load_weights(spec)
+    if hashlib.sha256(weights).hexdigest() != record.weights_sha256:
+        message = f"{store.url}: the weights are not those that the job was made with"
+        raise JobError(message)
+    store.put(record.weights_key, weights)
+
+
+def load_weights(spec: JobSpec) -> bytes:
+    """Bytes of the weights file that the spec names, or of untrained MiT-B0 weights.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    if spec.model.weights is None:
+        from segformer3d.weights import untrained_weights
+
+        return untrained_weights()
+    url, options = spec.model.weights, spec.input.storage
+    arguments: dict[str, Any] = {}
+    if url.startswith("s3://"):
+        arguments = {"anon": options.anonymous, "endpoint_url": options.endpoint_url}
+    try:
+        with fsspec.open(url, "rb", **arguments) as file:
+            return bytes(file.read())
+    except (OSError, ImportError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        message = f"weights {url}: cannot be read: {reason}"
+        raise UserError(message) from None
+
+
+def make_record(spec: JobSpec, weights: bytes) -> JobRecord:
+    """What ``job.json`` will say.
+
+    Raises:
+        UserError: If the weights are not a file of this project.
+    """
+    from segformer3d.labels import CLASSES
+    from segformer3d.weights import WeightsError, model_from_bytes
+
+    try:
+        _, info = model_from_bytes(weights)
+    except WeightsError as error:
+        message = f"weights {spec.model.weights}: {error}"
+        raise UserError(message) from None
+    if not info.trained:
+        say("The weights are untrained: the outputs show that everything runs, not a street.")
+    return JobRecord(
+        spec=spec.model_dump(mode="json"),
+        identity=spec.identity(),
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        trained=info.trained,
+        preprocessing=info.preprocessing.to_dict(),
+        labels=[item.name for item in CLASSES],
+        depth_codec=info.depth_codec.to_dict() if info.depth_codec else None,
+        software_version=_version(),
+    )
+
+
+def drive(job: OpenJob, lease: int | None = None) -> RunResult:
+    """Take a lease, unless one is given, and do whatever of the job is not done."""
+    driver = _Driver(job, lease)
+    with driver.signals(), Pulse(job.store, driver.lease, driver.progress):
+        return driver.run()
+
+
+class _Driver:
+    """One driver's run of one generation."""
+
+    def __init__(self, job: OpenJob, lease: int | None) -> None:
+        self.job = job
+        self.store, self.generation = job.store, job.generation
+        self._warn_of_others()
+        self.lease = lease or take_lease(job.store)
+        self.state: DriverState = "planning"
+        self.bar: Progress | None = None
+        self.plan: Plan | None = None
+        self.num_done = 0
+        self.num_computed = 0
+        self._interrupts = 0
+
+    def run(self) -> RunResult:
+        """Plan if need be, annotate what is pending, and finish if nothing is."""
+        plan = read_plan(self.store, self.generation)
+        if plan is None:
+            plan = make_plan(self.store, self.generation, self.job.spec)
+        self.plan = plan
+        manifest = self._manifest(plan)
+        self.num_done = manifest.num_done
+        missing_pngs: tuple[tuple[int, str], ...] = ()
+        if manifest.is_complete:
+            missing_pngs = self._missing_pngs(manifest)
+        if (not manifest.is_complete or missing_pngs) and not self._stopping():
+            manifest = self._compute(plan, manifest, missing_pngs)
+        return self._finish(plan, manifest.seal())
+
+    def progress(self) -> dict[str, Any]:
+        """Fields of this driver's next heartbeat."""
+        return {
+            "state": "draining" if self._interrupts else self.state,
+            "num_done": self.num_done,
+            "num_shards": self.plan.num_shards if self.plan else 0,
+            "frames_per_s": round(self.bar.rate, 3) if self.bar else 0.0,
+        }
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Drain on the first SIGINT or SIGTERM, stop at once on the second."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        self._listen()
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _listen(self) -> None:
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        say("Stopping: the shards in the model are finished first; once more stops at once.")
+        threading.Thread(target=mark_cancelled, args=(self.store, self.lease)).start()
+
+    def _stopping(self) -> bool:
+        return self._interrupts > 0 or is_cancelled(self.store, self.lease)
+
+    def _warn_of_others(self) -> None:
+        for other in heartbeats(self.store):
+            if other.is_alive and other.state != "submitted":
+                say(f"Another driver works on this job (process {other.pid} on {other.host}).")
+
+    def _manifest(self, plan: Plan) -> Manifest:
+        return Manifest.load(self.store, self.generation, plan.plan_id, plan.num_shards)
+
+    def _compute(
+        self, plan: Plan, manifest: Manifest, missing_pngs: Sequence[tuple[int, str]]
+    ) -> Manifest:
+        from pipeline.graph import WeightsFile, choose_resources, run_graph, run_png_graph
+
+        with connect(self.job.spec.ray) as cluster:
+            # Ray takes the signals over when it starts.
+            if threading.current_thread() is threading.main_thread():
+                self._listen()
+            self.state = "running"
+            context = self._context(plan)
+            parts = pending_parts(plan, manifest, backwards=self.lease % 2 == 0)
+            if parts:
+                resources = choose_resources(
+                    cluster.num_cpus, cluster.num_gpus, self.job.spec.ray.max_actors
+                )
+                record = self.job.record
+                weights = WeightsFile(key=record.weights_key, sha256=record.weights_sha256)
+                self._follow(run_graph(context, parts, weights, resources), plan, manifest)
+                manifest = self._manifest(plan)
+                self.num_done = manifest.num_done
+                missing_pngs = self._missing_pngs(manifest)
+            if missing_pngs and not self._stopping():
+                say(f"Writing the PNGs of {len(missing_pngs)} shards that were stopped before.")
+                for _ in run_png_graph(context, missing_pngs):
+                    pass
+        return manifest
+
+    def _follow(self, receipts: Iterator[ShardReceipt], plan: Plan, manifest: Manifest) -> None:
+        done = sum(record.num_rows for record in manifest.records())
+        num_bad = 0
+        with Progress("annotating", plan.num_frames, done=done) as self.bar:
+            for receipt in _guarded(receipts, self.store.url):
+                self.num_done += 1
+                self.num_computed += receipt.won
+                num_bad += receipt.num_rows - receipt.num_ok
+                notes = {"bad": num_bad} if num_bad else {}
+                self.bar.advance(receipt.num_rows, **notes)
+
+    def _context(self, plan: Plan) -> "StageContext":
+        from pipeline.stages import StageContext
+        from pipeline.storage.opening import resolve_options
+
+        spec, record = self.job.spec, self.job.record
+        return StageContext(
+            job_url=self.store.url,
+            job_storage=resolve_options(spec.output.storage.options()),
+            archive_storage=resolve_options(spec.input.storage.options()),
+            generation=self.generation.number,
+            plan_id=plan.plan_id,
+            lease=self.lease,
+            metadata={
+                "plan_id": plan.plan_id,
+                "generation": self.generation.number,
+                "weights_sha256": record.weights_sha256,
+                "trained": record.trained,
+                "preprocessing": record.preprocessing,
+                "labels": record.labels,
+                "depth_codec": record.depth_codec,
+                "output_version": record.output_version,
+                "identity": record.identity,
+            },
+            limits=spec.limits.limits(),
+            write_png=spec.output.png,
+            class_ids_at_asset_size=spec.output.class_ids_size == "asset",
+            micro_batch=spec.model.micro_batch,
+            threads=spec.model.threads,
+        )
+
+    def _missing_pngs(self, manifest: Manifest) -> tuple[tuple[int, str], ...]:
+        if not self.job.spec.output.png:
+            return ()
+        marked = {shard_of(item.key) for item in self.store.list(self.generation.png_done_prefix)}
+        return tuple(
+            (record.shard_id, f"{self.generation.prefix}{record.files[0].path}")
+            for record in manifest.records()
+            if record.shard_id not in marked
+        )
+
+    def _finish(self, plan: Plan, manifest: Manifest) -> RunResult:
+        records = list(manifest.records())
+        num_ok = sum(record.num_ok for record in records)
+        num_bad = sum(record.num_rows for record in records) - num_ok
+        result = RunResult(
+            url=self.store.url,
+            outcome="interrupted",
+            num_frames=plan.num_frames,
+            num_ok=num_ok,
+            num_quarantined=num_bad,
+            num_shards=plan.num_shards,
+            num_done=manifest.num_done,
+            num_computed=self.num_computed,
+        )
+        collect_orphans(self.store, self.generation, plan, records)
+        if not manifest.is_complete or self._missing_pngs(manifest):
+            if self._stopping():
+                return result
+            message = (
+                f"{self.store.url}: {plan.num_shards - manifest.num_done} shards came back "
+                "undecided; go on with `segformer3d resume`"
+            )
+            raise JobError(message)
+        write_success(self.store, self.generation, plan, records)
+        return replace(result, outcome="quarantined" if num_bad else "done")
+
+
+def pending_parts(plan: Plan, manifest: Manifest, *, backwards: bool) -> "list[PendingPart]":
+    """What is still to be done, by part of the plan.
+
+    Args:
+        plan: The plan.
+        manifest: What is decided.
+        backwards: Whether to start from the end, so that two drivers meet in the middle.
+    """
+    from pipeline.graph import PendingPart
+
+    done = manifest.done()
+    parts = []
+    for part in plan.parts:
+        ids = np.arange(part.first_shard, part.first_shard + part.num_shards)
+        pending = ids[~done[ids]]
+        if pending.size:
+            order = pending[::-1] if backwards else pending
+            parts.append(PendingPart(key=part.key, shard_ids=tuple(order.tolist())))
+    return parts[::-1] if backwards else parts
+
+
+def collect_orphans(
+    store: Store, generation: Generation, plan: Plan, records: Sequence[CommitRecord]
+) -> int:
+    """Delete data of decided shards that lost, and plan parts that no plan names.
+
+    An attempt of an undecided shard may still win: it is never touched.
+
+    Returns:
+        How many objects were deleted.
+    """
+    winners = {record.shard_id: record.attempt for record in records}
+    named = {part.key for part in plan.parts}
+    orphans = []
+    for item in store.list(generation.data_prefix):
+        attempt = attempt_of(item.key)
+        if attempt and attempt[0] in winners and winners[attempt[0]] != attempt[1]:
+            orphans.append(item.key)
+    orphans += [
+        item.key
+        for item in store.list(generation.plan_key.rpartition("/")[0] + "/")
+        if item.key.endswith(".parquet") and item.key not in named
+    ]
+    store.delete(orphans)
+    return len(orphans)
+
+
+def write_success(
+    store: Store, generation: Generation, plan: Plan, records: Sequence[CommitRecord]
+) -> None:
+    """Say that the generation is complete; the same content whoever writes it."""
+    from pipeline.storage import create_once
+
+    summary = {
+        "plan_id": plan.plan_id,
+        "num_shards": plan.num_shards,
+        "num_rows": sum(record.num_rows for record in records),
+        "num_ok": sum(record.num_ok for record in records),
+        "quarantined": count_kinds(records),
+    }
+    create_once(store, generation.success_key, canonical_json(summary))
+
+
+def count_kinds(records: Sequence[CommitRecord]) -> dict[str, int]:
+    """How many frames each kind of error took."""
+    counts: dict[str, int] = {}
+    for record in records:
+        for _, _, kind, _ in record.quarantined:
+            counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _guarded(receipts: Iterator[ShardReceipt], url: str) -> Iterator[ShardReceipt]:
+    """Turn what Ray raises into one line; nothing committed is lost by it."""
+    import ray.exceptions
+
+    try:
+        yield from receipts
+    except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = (
+            f"the run stopped: {lines[-1] if lines else type(error).__name__}; what is committed "
+            f"stays, go on with `segformer3d resume {url}`"
+        )
+        raise JobError(message) from error
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("segformer3d")

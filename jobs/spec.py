@@ -1,0 +1,288 @@
+"""What a user asks for: YAML, strictly checked, hashed where it decides the outputs.
+
+``JobSpec`` is the whole file. ``JobSpec.identity`` is the part of it that decides what comes out;
+two runs with one identity may share an output, any other pair may not.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.decode import DecodeLimits
+from pipeline.errors import UserError
+from pipeline.geometry import Geometry
+from pipeline.storage import StorageOptions
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StorageSection(_Section):
+    """How to reach a store; credentials are ambient (environment, profile, role), never here."""
+
+    endpoint_url: str | None = Field(None, description="S3 endpoint; default AWS_ENDPOINT_URL.")
+    region: str | None = Field(None, description="S3 region; default AWS_REGION.")
+    anonymous: bool = Field(False, description="Read a public bucket without credentials.")
+
+    def options(self) -> StorageOptions:
+        """The same for the storage adapter."""
+        return StorageOptions(
+            endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous
+        )
+
+
+class InputSection(_Section):
+    """The archive."""
+
+    url: str = Field(description="Folder, file or glob; local or s3://.", min_length=1)
+    exclude: tuple[str, ...] = Field((), description="Globs over paths relative to the folder.")
+    storage: StorageSection = StorageSection()
+
+
+class SamplingSection(_Section):
+    """Which frames of a video are annotated; images always are."""
+
+    every_nth: int = Field(1, ge=1, description="Every n-th frame, from the first.")
+    frames_per_second: float | None = Field(
+        None, gt=0, description="At most so many frames a second, chosen by time stamp."
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.frames_per_second is not None and self.every_nth != 1:
+            message = "every_nth and frames_per_second exclude each other"
+            raise ValueError(message)
+        return self
+
+
+class GeometrySection(_Section):
+    """The size at which frames enter the model."""
+
+    mode: Literal["keep_aspect", "stretch"] = "keep_aspect"
+    short_side_px: int = Field(512, ge=32, le=4096)
+    stretch_width_px: int = Field(1024, ge=32, le=8192, multiple_of=32)
+    stretch_height_px: int = Field(512, ge=32, le=8192, multiple_of=32)
+
+    def geometry(self) -> Geometry:
+        """The same for the decoder."""
+        return Geometry(
+            mode=self.mode,
+            short_side_px=self.short_side_px,
+            stretch_size=(self.stretch_width_px, self.stretch_height_px),
+        )
+
+
+class ModelSection(_Section):
+    """The network."""
+
+    weights: str | None = Field(
+        None, description="Path or s3:// URL of a safetensors file; none: untrained MiT-B0."
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="Frames per forward pass at the most; default by device."
+    )
+    threads: int | None = Field(1, ge=1, description="CPU threads per model.")
+
+
+class OutputSection(_Section):
+    """Where the job lives and what it writes besides Parquet."""
+
+    url: str = Field(description="Folder of the job; local or s3://.", min_length=1)
+    png: bool = Field(False, description="Also write the PNG tree.")
+    class_ids_size: Literal["input", "asset"] = Field(
+        "input", description="Class ids at the model's input size, or at each asset's own."
+    )
+    storage: StorageSection = StorageSection()
+    single_driver: bool = Field(
+        False, description="Vouch for a single driver on a store without conditional writes."
+    )
+
+
+class ShardSection(_Section):
+    """The unit of work and of commit."""
+
+    frames: int = Field(64, ge=1, le=4096, description="Frames per shard, about.")
+
+
+class LimitsSection(_Section):
+    """Bounds on hostile or broken inputs."""
+
+    max_pixels: int = Field(100_000_000, ge=1)
+    max_file_bytes: int = Field(256 * 2**20, ge=1, description="Of a still image.")
+    deadline_s: float = Field(60.0, gt=0, description="Without a new frame, an input has hung.")
+    memory_bytes: int = Field(4 * 2**30, ge=2**28, description="Of one decoding process.")
+
+    def limits(self) -> DecodeLimits:
+        """The same for the decoder."""
+        return DecodeLimits(
+            max_pixels=self.max_pixels,
+            max_file_bytes=self.max_file_bytes,
+            deadline_s=self.deadline_s,
+            memory_bytes=self.memory_bytes,
+        )
+
+
+class RaySection(_Section):
+    """What the run may take of the machine or cluster; does not change outputs."""
+
+    max_actors: int | None = Field(None, ge=1, description="Models at a time; default all.")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
+    object_store_bytes: int | None = Field(
+        None, ge=100 * 2**20, description="Object store of the embedded Ray; default 1 GiB."
+    )
+
+
+class JobSpec(_Section):
+    """One annotation job."""
+
+    input: InputSection
+    output: OutputSection
+    sampling: SamplingSection = SamplingSection()
+    geometry: GeometrySection = GeometrySection()
+    model: ModelSection = ModelSection()
+    shard: ShardSection = ShardSection()
+    limits: LimitsSection = LimitsSection()
+    ray: RaySection = RaySection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absolute(cls, fields: Any) -> Any:
+        """A local path means the same wherever the job is resumed."""
+        if not isinstance(fields, dict):
+            return fields
+        fields = dict(fields)
+        for section, key in (("input", "url"), ("output", "url"), ("model", "weights")):
+            held = fields.get(section)
+            if isinstance(held, dict) and isinstance(held.get(key), str) and held[key]:
+                fields[section] = {**held, key: _absolute_url(held[key])}
+        return fields
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the outputs, by dotted name.
+
+        Weights are not among them by name: their sha256 stands in the job's record.
+        """
+        fields = self.model_dump(mode="json")
+        kept: dict[str, Any] = {
+            "input.url": fields["input"]["url"],
+            "input.exclude": fields["input"]["exclude"],
+            "output.png": fields["output"]["png"],
+            "output.class_ids_size": fields["output"]["class_ids_size"],
+            "shard.frames": fields["shard"]["frames"],
+        }
+        for section in ("sampling", "geometry", "limits"):
+            kept |= {f"{section}.{name}": value for name, value in fields[section].items()}
+        return kept
+
+
+def _absolute_url(url: str) -> str:
+    if "://" in url or "::" in url:
+        return url.rstrip("/")
+    return os.path.normpath(Path(url).expanduser().absolute())
+
+
+def load_spec(path: str | None, overrides: Sequence[str], flags: dict[str, str | None]) -> JobSpec:
+    """Read, override and check a job.
+
+    Args:
+        path: A YAML file, or None to start from nothing.
+        overrides: ``a.b=value`` each, the value read as YAML.
+        flags: Dotted names to values of command-line options; None is not given.
+
+    Raises:
+        UserError: One line that names the key or the file.
+    """
+    fields = _read_yaml(path) if path is not None else {}
+    for item in overrides:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            message = f"--set {item}: write --set section.key=value"
+            raise UserError(message)
+        _assign(fields, name.strip(), _parse_yaml(value, f"--set {item}"))
+    for name, given in flags.items():
+        if given is not None:
+            _assign(fields, name, given)
+    return check_spec(fields, path or "the job")
+
+
+def load_ray_section(overrides: Sequence[str]) -> RaySection:
+    """The ``ray`` section from ``ray.key=value`` items, for a run of a job that exists.
+
+    Raises:
+        UserError: For any other key: nothing else of a job may change.
+    """
+    fields: dict[str, Any] = {}
+    for item in overrides:
+        name, _, value = item.partition("=")
+        if not name.startswith("ray."):
+            message = f"--set {item}: a job that exists takes only ray.KEY=VALUE"
+            raise UserError(message)
+        _assign(fields, name.strip(), _parse_yaml(value, f"--set {item}"))
+    try:
+        return RaySection.model_validate(fields.get("ray", {}))
+    except ValidationError as error:
+        raise UserError("; ".join(_complaint(item) for item in error.errors())) from None
+
+
+def check_spec(fields: object, where: str) -> JobSpec:
+    """Validate plain data.
+
+    Raises:
+        UserError: One line with every unknown, missing or bad key.
+    """
+    try:
+        return JobSpec.model_validate(fields)
+    except ValidationError as error:
+        message = f"{where}: " + "; ".join(_complaint(item) for item in error.errors())
+        raise UserError(message) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        message = f"{path}: no such job file"
+        raise UserError(message) from None
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise UserError(message) from None
+    fields = _parse_yaml(text, path)
+    if not isinstance(fields, dict):
+        message = f"{path}: a job is a mapping with the keys input and output"
+        raise UserError(message)
+    return fields
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        message = f"{where}: not YAML: {' '.join(str(error).split())}"
+        raise UserError(message) from None
+
+
+def _assign(fields: dict[str, Any], name: str, value: object) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        child = fields.setdefault(section, {})
+        if not isinstance(child, dict):
+            message = f"--set {name}: {section} is not a section"
+            raise UserError(message)
+        fields = child
+    fields[key] = value
+
+
+def _complaint(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"]) or "the job"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {name}"
+    if item["type"] == "missing":
+        flag = {"input": "--input", "output": "--output"}.get(name)
+        return f"missing key {name}" + (f" (or {flag})" if flag else "")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}, got {item['input']!r}" if item["loc"] else message

@@ -1,0 +1,159 @@
+"""What a job's storage says about it, with or without a driver alive."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jobs.lease import Heartbeat, heartbeats
+from jobs.manifest import Manifest
+from jobs.plan import read_plan
+from jobs.record import read_job
+from jobs.runner import count_kinds
+from pipeline.errors import StorageError, UserError
+from pipeline.layout import JOB_KEY, OWN_PREFIXES, Generation
+from pipeline.storage import StorageOptions, Store, join_url, open_store
+
+JobState = Literal["submitted", "planning", "running", "interrupted", "done", "quarantined"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """A job at one moment.
+
+    Attributes:
+        url: Its URI.
+        state: ``interrupted`` means unfinished with no driver alive; ``quarantined`` means done
+            with inputs that could not be read.
+        trained: Whether its weights are.
+        num_shards: Shards of the plan; 0 before there is one.
+        num_done: Shards decided.
+        num_frames: Planned frames.
+        num_ok: Frames annotated.
+        num_quarantined: Frames with a typed error.
+        quarantined: The same by kind.
+        size_bytes: Bytes of committed Parquet.
+        frames_per_s: Rate of the drivers alive, together.
+        seconds_left: At that rate; None if nobody works.
+        drivers: Those alive.
+    """
+
+    url: str
+    state: JobState
+    trained: bool
+    num_shards: int = 0
+    num_done: int = 0
+    num_frames: int = 0
+    num_ok: int = 0
+    num_quarantined: int = 0
+    quarantined: dict[str, int]
+    size_bytes: int = 0
+    frames_per_s: float = 0.0
+    seconds_left: float | None = None
+    drivers: tuple[Heartbeat, ...] = ()
+
+    def line(self) -> str:
+        """One line for a listing."""
+        share = 100 * self.num_done / self.num_shards if self.num_shards else 0
+        return f"{self.url}  {self.state}  {share:.0f}%  {self.num_frames} frames"
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{self.url}: {self.state}",
+            f"shards  {self.num_done} of {self.num_shards} decided",
+            f"frames  {self.num_ok} annotated, {self.num_quarantined} quarantined"
+            f" of {self.num_frames}",
+            f"output  {self.size_bytes / 1e6:.1f} MB of Parquet",
+        ]
+        lines += [f"        {kind}: {count}" for kind, count in sorted(self.quarantined.items())]
+        for driver in self.drivers:
+            lines.append(
+                f"driver  process {driver.pid} on {driver.host}, {driver.state},"
+                f" {driver.frames_per_s:.1f} frames/s"
+            )
+        if self.seconds_left is not None:
+            lines.append(f"left    {self.seconds_left:.0f} s")
+        if not self.trained:
+            lines.append("The weights are untrained.")
+        return "\n".join(lines)
+
+
+def job_status(url: str, storage: StorageOptions) -> JobStatus:
+    """Read a job's manifest and its drivers' signs of life.
+
+    Raises:
+        UserError: If there is no job.
+    """
+    store = open_store(url, storage)
+    record = read_job(store)
+    alive = tuple(heartbeat for heartbeat in heartbeats(store) if heartbeat.is_alive)
+    generation = Generation(0)
+    plan = read_plan(store, generation)
+    if plan is None:
+        return JobStatus(
+            url=store.url,
+            state=_unplanned(alive),
+            trained=record.trained,
+            quarantined={},
+            drivers=alive,
+        )
+    manifest = Manifest.load(store, generation, plan.plan_id, plan.num_shards)
+    records = list(manifest.records())
+    num_rows = sum(item.num_rows for item in records)
+    num_ok = sum(item.num_ok for item in records)
+    rate = sum(heartbeat.frames_per_s for heartbeat in alive)
+    finished = store.head(generation.success_key) is not None
+    state: JobState = "running" if alive else "interrupted"
+    if finished:
+        state = "done" if num_ok == num_rows else "quarantined"
+    elif alive and all(heartbeat.state == "submitted" for heartbeat in alive):
+        state = "submitted"
+    return JobStatus(
+        url=store.url,
+        state=state,
+        trained=record.trained,
+        num_shards=plan.num_shards,
+        num_done=manifest.num_done,
+        num_frames=plan.num_frames,
+        num_ok=num_ok,
+        num_quarantined=num_rows - num_ok,
+        quarantined=count_kinds(records),
+        size_bytes=sum(file.size_bytes for item in records for file in item.files),
+        frames_per_s=rate,
+        seconds_left=(plan.num_frames - num_rows) / rate if rate > 0 and not finished else None,
+        drivers=() if finished else alive,
+    )
+
+
+def find_jobs(root: str, storage: StorageOptions) -> list[JobStatus]:
+    """Every job at or below a URL, by URI.
+
+    Folders that belong to a job are not searched.
+
+    Raises:
+        UserError: If the root cannot be opened.
+    """
+    store = open_store(root, storage)
+    return [job_status(url, storage) for url in sorted(_job_urls(store, ""))]
+
+
+def _job_urls(store: Store, folder: str) -> list[str]:
+    prefix = f"{folder}/" if folder else ""
+    if store.head(f"{prefix}{JOB_KEY}") is not None:
+        return [join_url(store.url, folder) if folder else store.url]
+    urls: list[str] = []
+    try:
+        children = list(store.list_folders(prefix))
+    except StorageError as error:
+        message = f"{store.url}: {error}"
+        raise UserError(message) from None
+    for child in children:
+        name = child.rstrip("/").rpartition("/")[2]
+        if not f"{name}/".startswith(OWN_PREFIXES) and not name.startswith("."):
+            urls += _job_urls(store, child.rstrip("/"))
+    return urls
+
+
+def _unplanned(alive: tuple[Heartbeat, ...]) -> JobState:
+    if not alive:
+        return "interrupted"
+    return "submitted" if all(item.state == "submitted" for item in alive) else "planning"

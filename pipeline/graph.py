@@ -1,0 +1,248 @@
+"""The whole system in one screen: plan -> decode -> annotate -> publish -> receipts, on Ray Data.
+
+One Ray row in one block is one shard, from the plan to the receipt. CPU tasks decode and publish,
+a pool of actors holds the model; Ray Data's backpressure bounds what waits between them.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+
+from pipeline.errors import JobError
+from pipeline.records import ShardReceipt
+from pipeline.sinks.png import write_png_tree
+from pipeline.stages import (
+    AnnotateShard,
+    DecodeShard,
+    PublishShard,
+    StageContext,
+    cached_store,
+    mark_png_done,
+)
+
+# Decode and publish are short beside the model: several of them share a core.
+_IO_TASK_CPUS = 0.25
+# A CPU actor asks for less than the core it keeps busy, so that decode and publish always have
+# room: actors that take every core would starve their own feed.
+_CPU_ACTOR_CPUS = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What the graph may take of the cluster.
+
+    Attributes:
+        min_actors: Model actors to start with.
+        max_actors: Model actors at the most.
+        cpus_per_actor: CPUs that each asks Ray for.
+        gpus_per_actor: GPUs that each asks Ray for.
+        max_decode_tasks: Decode tasks at a time.
+    """
+
+    min_actors: int
+    max_actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    max_decode_tasks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingPart:
+    """The shards of one part of a plan that are still to be done.
+
+    Attributes:
+        key: Key of the part within the job.
+        shard_ids: Which of its shards.
+    """
+
+    key: str
+    shard_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """The weights that a job keeps beside its data.
+
+    Attributes:
+        key: Key within the job.
+        sha256: What the job's record pins.
+    """
+
+    key: str
+    sha256: str
+
+
+def choose_resources(num_cpus: float, num_gpus: float, max_actors: int | None = None) -> Resources:
+    """One actor per GPU; without GPUs, one per core.
+
+    Args:
+        num_cpus: CPUs of the cluster.
+        num_gpus: GPUs of the cluster.
+        max_actors: The user's own bound.
+    """
+    num_actors = max(1, int(num_gpus) or int(num_cpus))
+    num_actors = min(num_actors, max_actors or num_actors)
+    return Resources(
+        min_actors=num_actors,
+        max_actors=num_actors,
+        cpus_per_actor=_CPU_ACTOR_CPUS,
+        gpus_per_actor=1.0 if num_gpus >= 1 else 0.0,
+        max_decode_tasks=max(2, int(num_cpus)),
+    )
+
+
+def build_graph(
+    context: StageContext,
+    parts: Sequence[PendingPart],
+    weights: WeightsFile,
+    resources: Resources,
+) -> "ray.data.Dataset":
+    """Wire the stages; nothing runs until the result is read.
+
+    Args:
+        context: The run.
+        parts: What is still to be done.
+        weights: The model.
+        resources: What to take of the cluster.
+
+    Returns:
+        A dataset of receipts.
+    """
+    return (
+        ray.data.from_items(
+            [{"key": part.key, "shard_ids": list(part.shard_ids)} for part in parts],
+            override_num_blocks=len(parts),
+        )
+        .map_batches(
+            _ReadPlan(context), batch_size=1, batch_format="pyarrow", num_cpus=_IO_TASK_CPUS
+        )
+        .map_batches(
+            DecodeShard(context),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=_IO_TASK_CPUS,
+            concurrency=resources.max_decode_tasks,
+        )
+        .map_batches(
+            _AnnotateActor,
+            fn_constructor_args=(context, weights),
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=resources.cpus_per_actor,
+            num_gpus=resources.gpus_per_actor,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=resources.min_actors, max_size=resources.max_actors
+            ),
+        )
+        .map_batches(
+            PublishShard(context),
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=_IO_TASK_CPUS,
+        )
+    )
+
+
+def run_graph(
+    context: StageContext,
+    parts: Sequence[PendingPart],
+    weights: WeightsFile,
+    resources: Resources,
+) -> Iterator[ShardReceipt]:
+    """Do what is still to be done; yields a receipt as each shard is decided.
+
+    Args:
+        context: The run.
+        parts: What is still to be done; at least one part.
+        weights: The model.
+        resources: What to take of the cluster.
+    """
+    _configure_ray_data()
+    dataset = build_graph(context, parts, weights, resources)
+    yield from _receipts(dataset)
+
+
+def run_png_graph(
+    context: StageContext, data_keys: Sequence[tuple[int, str]]
+) -> Iterator[ShardReceipt]:
+    """Write the PNGs of shards that were committed without them.
+
+    Args:
+        context: The run.
+        data_keys: ``(shard_id, key of the winning Parquet object)``; at least one.
+    """
+    _configure_ray_data()
+    items = [{"shard_id": shard_id, "key": key} for shard_id, key in data_keys]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _WritePngs(context), batch_size=1, batch_format="pyarrow", num_cpus=_IO_TASK_CPUS
+    )
+    yield from _receipts(dataset)
+
+
+class _AnnotateActor(AnnotateShard):
+    """``AnnotateShard`` that fetches its weights from the job's folder.
+
+    So a restarted actor finds them whatever became of the driver's memory.
+    """
+
+    def __init__(self, context: StageContext, weights: WeightsFile) -> None:
+        data = context.store().read(weights.key)
+        if hashlib.sha256(data).hexdigest() != weights.sha256:
+            message = f"{weights.key}: not the weights that the job was made with"
+            raise JobError(message)
+        super().__init__(context, data)
+
+
+class _ReadPlan:
+    """A part's key and pending shard ids to rows of ``PLAN_SCHEMA``."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (item,) = table.to_pylist()
+        data = self.context.store().read(item["key"])
+        plan = pq.read_table(pa.BufferReader(data))
+        return plan.filter(pc.is_in(plan["shard_id"], pa.array(item["shard_ids"], pa.int64())))
+
+
+class _WritePngs:
+    """Shard ids and data keys to receipts, after their PNGs are written."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (item,) = table.to_pylist()
+        store = cached_store(self.context.job_url, self.context.job_storage)
+        data = store.read(item["key"])
+        write_png_tree(store, data)
+        mark_png_done(store, self.context.layout, item["shard_id"])
+        receipt = ShardReceipt(
+            shard_id=item["shard_id"], won=False, num_rows=0, num_ok=0, size_bytes=len(data)
+        )
+        return receipt.to_table()
+
+
+def _configure_ray_data() -> None:
+    settings = ray.data.DataContext.get_current()
+    # A block holds at least one row, so a bound that every row exceeds makes each shard a block of
+    # its own. (`repartition(target_num_rows_per_block=1)` would do so too, but as an operator of
+    # one CPU a task, which waits for ever beside actors that leave it less.)
+    settings.target_max_block_size = 1
+    settings.enable_progress_bars = False
+    # An unexpected exception stops the run: bad inputs never raise, they become rows.
+    settings.max_errored_blocks = 0
+
+
+def _receipts(dataset: "ray.data.Dataset") -> Iterator[ShardReceipt]:
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from ShardReceipt.all_from_table(table)

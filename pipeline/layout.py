@@ -1,0 +1,139 @@
+"""Where everything of a job lies: keys relative to the job's URI.
+
+People and scripts rely on these names; they change only with ``LAYOUT_VERSION``.
+"""
+
+import re
+from dataclasses import dataclass
+
+import xxhash
+
+LAYOUT_VERSION = 1
+SHARDS_PER_RANGE = 1000
+JOB_KEY = "job.json"
+MANIFEST_PREFIX = "manifest/"
+LEASE_PREFIX = "lease/"
+PNG_PREFIX = "png/"
+PROBE_PREFIX = "probe/"
+WEIGHTS_PREFIX = "weights/"
+OWN_PREFIXES = (
+    "gen-",
+    "report/",
+    LEASE_PREFIX,
+    MANIFEST_PREFIX,
+    PNG_PREFIX,
+    PROBE_PREFIX,
+    WEIGHTS_PREFIX,
+)
+
+_MAX_NAME_BYTES = 220
+_SHARD = re.compile(r"/shard-(\d{8})")
+_DATA = re.compile(r"/shard-(\d{8})-([0-9a-f]{32})\.parquet$")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Keys of one generation: one plan and all that was made from it.
+
+    Attributes:
+        number: 0 for the first plan; each retry, repair or growth adds one.
+    """
+
+    number: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """Folder of the generation, with a trailing slash."""
+        return f"gen-{self.number:04d}/"
+
+    @property
+    def plan_key(self) -> str:
+        """The create-only object that fixes the plan."""
+        return f"{self.prefix}plan/plan.json"
+
+    @property
+    def success_key(self) -> str:
+        """Present once every shard is decided."""
+        return f"{self.prefix}_SUCCESS.json"
+
+    @property
+    def data_prefix(self) -> str:
+        """Folder of the Parquet objects."""
+        return f"{self.prefix}data/"
+
+    @property
+    def commit_prefix(self) -> str:
+        """Folder of the commit records."""
+        return f"{self.prefix}commit/"
+
+    @property
+    def png_done_prefix(self) -> str:
+        """Folder of the markers of shards whose PNGs are written."""
+        return f"{self.prefix}png-done/"
+
+    def plan_part_key(self, planner: str, part: int) -> str:
+        """Key of one part of a plan; ``planner`` is unique to one planning process."""
+        return f"{self.prefix}plan/part-{planner}-{part:05d}.parquet"
+
+    def data_key(self, shard_id: int, attempt: str) -> str:
+        """Key of one attempt's Parquet object; never reused."""
+        return f"{self.data_prefix}shard-{shard_id:08d}-{attempt}.parquet"
+
+    def range_prefix(self, range_id: int) -> str:
+        """Folder of the commit records of one range of shards."""
+        return f"{self.commit_prefix}{range_id:05d}/"
+
+    def commit_key(self, shard_id: int) -> str:
+        """Key of the one object that makes a shard done."""
+        return f"{self.range_prefix(shard_id // SHARDS_PER_RANGE)}shard-{shard_id:08d}.json"
+
+    def png_done_key(self, shard_id: int) -> str:
+        """Key of the marker written when a shard's PNGs are complete."""
+        folder = f"{self.png_done_prefix}{shard_id // SHARDS_PER_RANGE:05d}/"
+        return f"{folder}shard-{shard_id:08d}"
+
+
+def lease_key(number: int) -> str:
+    """Key of a driver's lease, create-only."""
+    return f"{LEASE_PREFIX}lease-{number:08d}.json"
+
+
+def heartbeat_key(number: int) -> str:
+    """Key of the sign of life of the driver that holds lease ``number``."""
+    return f"{LEASE_PREFIX}heartbeat-{number:08d}.json"
+
+
+def cancel_key(number: int) -> str:
+    """Key of the request that the driver with lease ``number`` drain and stop."""
+    return f"{LEASE_PREFIX}cancel-{number:08d}.json"
+
+
+def shard_of(key: str) -> int | None:
+    """Shard id in the name of a commit record, data object or marker; None if there is none."""
+    match = _SHARD.search(key)
+    return int(match.group(1)) if match else None
+
+
+def attempt_of(key: str) -> tuple[int, str] | None:
+    """``(shard_id, attempt)`` in the name of a data object; None for any other key."""
+    match = _DATA.search(key)
+    return (int(match.group(1)), match.group(2)) if match else None
+
+
+def png_stem(asset: str, frame_index: int, *, is_video: bool) -> str:
+    """Key of a frame's PNGs without their suffix.
+
+    A video's frames lie in a folder of its name; an image keeps its own name, extension included,
+    so ``a.jpg`` and ``a.png`` do not meet.
+    """
+    path = "/".join(_fitting(name) for name in asset.split("/"))
+    return f"{PNG_PREFIX}{path}/{frame_index:06d}" if is_video else f"{PNG_PREFIX}{path}"
+
+
+def _fitting(name: str) -> str:
+    """A name short enough for a file system (255 bytes) once a suffix is added."""
+    data = name.encode()
+    if len(data) <= _MAX_NAME_BYTES:
+        return name
+    head = data[: _MAX_NAME_BYTES - 33].decode(errors="ignore")
+    return f"{head}~{xxhash.xxh3_128_hexdigest(data)}"

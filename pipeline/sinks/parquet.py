@@ -1,0 +1,156 @@
+"""One Parquet object per attempt at a shard: the schema, and a shard's rows in it.
+
+The schema's metadata carries the key ``huggingface`` so that `datasets` decodes both image columns,
+and the key ``segformer3d`` with what a reader needs to interpret them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.encode import encode_png
+from pipeline.records import AnnotatedShard, FrameRecord, FrameStatistics
+
+NUM_CLASSES = 19
+METADATA_KEY = b"segformer3d"
+_PNG = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+
+SCHEMA = pa.schema(
+    [
+        pa.field("frame_id", pa.string(), nullable=False),
+        pa.field("asset", pa.string(), nullable=False),
+        pa.field("frame_index", pa.int64(), nullable=False),
+        pa.field("pts_s", pa.float64()),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_kind", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("class_ids", _PNG),
+        pa.field("depth", _PNG),
+        pa.field("class_fraction", pa.list_(pa.float32(), NUM_CLASSES)),
+        pa.field("confidence_mean", pa.float32()),
+        pa.field("entropy_mean", pa.float32()),
+        pa.field("depth_p05_m", pa.float32()),
+        pa.field("depth_p50_m", pa.float32()),
+        pa.field("depth_p95_m", pa.float32()),
+        pa.field("captured_at", pa.timestamp("us", tz="UTC")),
+        pa.field("latitude", pa.float64()),
+        pa.field("longitude", pa.float64()),
+    ]
+)
+_UNCOMPRESSED = ("class_ids.bytes", "depth.bytes")
+
+
+def frame_id(asset: str, frame_index: int) -> str:
+    """Identity of a frame within an archive: xxh3-128 of the asset's path, NUL, and the index."""
+    return xxhash.xxh3_128_hexdigest(f"{asset}\0{frame_index}".encode())
+
+
+def encode_shard(shard: AnnotatedShard, metadata: Mapping[str, object]) -> bytes:
+    """A shard as the bytes of a Parquet file, one row per planned frame.
+
+    Args:
+        shard: What the model said.
+        metadata: Stored as JSON under ``segformer3d`` in the schema's metadata.
+
+    Returns:
+        The file, with page index; PNG bytes uncompressed, all else zstd.
+    """
+    table = pa.Table.from_pylist(list(_rows(shard)), schema=_schema(metadata))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression=_compression(),
+        use_dictionary=["asset", "status", "error_kind"],
+        write_page_index=True,
+    )
+    return cast("bytes", sink.getvalue().to_pybytes())
+
+
+def read_rows(data: bytes, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of such a file.
+
+    Raises:
+        ValueError: If the bytes are no Parquet file.
+    """
+    table = pq.read_table(pa.BufferReader(data), columns=columns)
+    return cast("list[dict[str, Any]]", table.to_pylist())
+
+
+def _rows(shard: AnnotatedShard) -> Iterator[dict[str, Any]]:
+    good = 0
+    for frame in shard.frames:
+        row = _identity(frame)
+        if frame.error_kind is None:
+            row |= _annotation(shard, good)
+            good += 1
+        yield row
+
+
+def _identity(frame: FrameRecord) -> dict[str, Any]:
+    return {
+        "frame_id": frame_id(frame.asset, frame.frame_index),
+        "asset": frame.asset,
+        "frame_index": frame.frame_index,
+        "pts_s": frame.pts_s,
+        "width": frame.width,
+        "height": frame.height,
+        "status": "ok" if frame.error_kind is None else "error",
+        "error_kind": frame.error_kind,
+        "error": frame.error,
+    }
+
+
+def _annotation(shard: AnnotatedShard, good: int) -> dict[str, Any]:
+    statistics: FrameStatistics = shard.statistics[good]
+    row: dict[str, Any] = {
+        "class_fraction": statistics.class_fraction,
+        "confidence_mean": statistics.confidence_mean,
+        "entropy_mean": statistics.entropy_mean,
+        "depth_p05_m": statistics.depth_p05_m,
+        "depth_p50_m": statistics.depth_p50_m,
+        "depth_p95_m": statistics.depth_p95_m,
+    }
+    if shard.class_ids is not None:
+        row["class_ids"] = {"bytes": encode_png(shard.class_ids[good]), "path": None}
+    if shard.depth is not None:
+        row["depth"] = {"bytes": encode_png(shard.depth[good]), "path": None}
+    return row
+
+
+def _schema(metadata: Mapping[str, object]) -> pa.Schema:
+    features = {field.name: _feature(field.type) for field in SCHEMA}
+    return SCHEMA.with_metadata(
+        {
+            b"huggingface": json.dumps({"info": {"features": features}}).encode(),
+            METADATA_KEY: json.dumps(metadata, sort_keys=True).encode(),
+        }
+    )
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {"_type": "Image"}
+    if pa.types.is_fixed_size_list(kind):
+        value = {"dtype": "float32", "_type": "Value"}
+        return {"feature": value, "length": kind.list_size, "_type": "List"}
+    names = {"double": "float64", "float": "float32"}
+    return {"dtype": names.get(str(kind), str(kind)), "_type": "Value"}
+
+
+def _compression() -> dict[str, str]:
+    nested = {"class_ids": ("bytes", "path"), "depth": ("bytes", "path")}
+    codecs: dict[str, str] = {}
+    for field in SCHEMA:
+        leaves = [f"{field.name}.{leaf}" for leaf in nested.get(field.name, ())]
+        if pa.types.is_fixed_size_list(field.type):
+            leaves = [f"{field.name}.list.element"]
+        for leaf in leaves or [field.name]:
+            codecs[leaf] = "none" if leaf in _UNCOMPRESSED else "zstd"
+    return codecs

@@ -1,0 +1,1 @@
+"""An archive's assets and frames: list, probe, read."""

@@ -1,0 +1,278 @@
+"""Still images: header, then pixels. Runs in the decoding child only.
+
+Headers are read by Pillow, pixels by ``cv2.imdecode``, never ``imread``. The rule that is recorded:
+the first frame of an animation or a multi-page file; 8 bits per channel (the high byte of 16); grey
+copied to three channels; CMYK converted; alpha dropped, not composited; the EXIF orientation that
+stands before the pixels is applied.
+"""
+
+import os
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, cast
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import InputError
+from pipeline.geometry import Orientation, UInt8Array
+from pipeline.sources.assets import DecodeLimits, check_pixels
+
+HEAD_BYTES = 64 * 1024
+
+# DecodeLimits takes the place of Pillow's own guard, whose warnings would leak.
+Image.MAX_IMAGE_PIXELS = None
+
+Image.init()
+_PILLOW_FORMATS = sorted(
+    {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "SUN", "TIFF", "WEBP"}
+    & set(Image.OPEN)
+)
+_EXIF_FORMATS = frozenset({"AVIF", "JPEG", "MPO", "PNG", "WEBP"})
+_ORIENTATION_TAG = 0x0112
+# What Pillow's parsers are seen to raise on hostile headers.
+_PARSE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+)
+_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+_JPEG_DAMAGE = re.compile(rb"Corrupt JPEG data: (?:(\d+) extraneous bytes before marker 0xd9)?")
+# Some cameras pad the last scan; damage leaves far more than that unread.
+_HARMLESS_EXTRANEOUS_BYTES = 64
+_JPEG_START = b"\xff\xd8"
+_STDERR = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageHeader:
+    """What stands in front of the pixels.
+
+    Attributes:
+        format: Pillow's name of the format.
+        width: Width in pixels after orientation.
+        height: Height, likewise.
+        orientation: What is still to be done once cv2 has decoded the pixels.
+    """
+
+    format: str
+    width: int
+    height: int
+    orientation: Orientation
+
+
+def read_header(data: bytes) -> ImageHeader | None:
+    """The header, from a file or its first bytes; None if Pillow makes nothing of it."""
+    try:
+        with _no_warnings(), Image.open(BytesIO(data), formats=_PILLOW_FORMATS) as image:
+            name = image.format or ""
+            orientation = Orientation()
+            if name in _EXIF_FORMATS:
+                orientation = _exif_orientation(image.info.get("exif"))
+            width, height = orientation.size(*image.size)
+    except _PARSE_ERRORS:
+        return None
+    return ImageHeader(format=name, width=width, height=height, orientation=orientation)
+
+
+def decode_image(data: bytes, limits: DecodeLimits) -> UInt8Array:
+    """The upright RGB pixels of an image file.
+
+    Raises:
+        InputError: ``too_large``, ``truncated``, ``corrupt`` or ``out_of_memory``.
+    """
+    if not data:
+        raise InputError("truncated", "the file is empty")
+    header = read_header(data)
+    if header is not None:
+        check_pixels(header.width, header.height, limits)
+    pixels = _imdecode(data)
+    if pixels is None:
+        raise _undecodable(data, header)
+    check_pixels(pixels.shape[1], pixels.shape[0], limits)
+    return header.orientation.apply(pixels) if header is not None else pixels
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _exif_orientation(block: object) -> Orientation:
+    if not isinstance(block, bytes):
+        return Orientation()
+    exif = Image.Exif()
+    try:
+        with _no_warnings():
+            exif.load(block)
+        return Orientation.from_exif(exif.get(_ORIENTATION_TAG))
+    except _PARSE_ERRORS:
+        return Orientation()
+
+
+def _imdecode(data: bytes) -> UInt8Array | None:
+    # Not IMREAD_COLOR_RGB, which OpenCV ignores for PAM.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        with _captured_stderr() as said:
+            pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+            printed = said()
+    except MemoryError as error:
+        raise InputError("out_of_memory", "no memory to decode the image") from error
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise InputError("out_of_memory", "no memory to decode the image") from error
+        return None
+    if pixels is None:
+        return None
+    if data.startswith(_JPEG_START):
+        _check_jpeg(data, printed)
+    return cast("UInt8Array", cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels))
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], bytes]]:
+    """Catch what C libraries print, and give a way to read it."""
+    saved = os.dup(_STDERR)
+    caught = os.memfd_create("stderr")
+    os.dup2(caught, _STDERR)
+    try:
+        yield lambda: os.pread(_STDERR, 4096, 0)
+    finally:
+        os.dup2(saved, _STDERR)
+        os.close(saved)
+        os.close(caught)
+
+
+def _check_jpeg(data: bytes, said: bytes) -> None:
+    """Libjpeg fills what it cannot decode with grey and only says so on stderr."""
+    if not _jpeg_ends(data):
+        raise InputError("truncated", "the JPEG has no end marker")
+    damage = _JPEG_DAMAGE.search(said)
+    if damage is None:
+        return
+    if damage[1] is None or int(damage[1]) > _HARMLESS_EXTRANEOUS_BYTES:
+        raise InputError("corrupt", "the JPEG's compressed data is damaged")
+
+
+def _undecodable(data: bytes, header: ImageHeader | None) -> InputError:
+    if _ends_early(data):
+        return InputError("truncated", "the image file ends early")
+    if header is None:
+        return InputError("corrupt", "not an image in a known format")
+    return InputError("corrupt", f"the {header.format} image cannot be decoded")
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether the file's own structure says that there should be more of it."""
+    if data[4:8] in _BOX_NAMES:
+        return not _boxes_end(data)
+    for start, is_whole in _STRUCTURES:
+        if data.startswith(start):
+            return not is_whole(data)
+    return False
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether an end marker follows the first scan; thumbnails in front of it do not count."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
+        if marker == 0xFF:
+            position += 1
+            continue
+        position += 2 + length
+        if marker == 0xDA:
+            break
+    while (found := _JPEG_MARKER.search(data, position)) is not None:
+        if found[1] == b"\xd9":
+            return True
+        if found.end() + 2 > len(data):
+            return False
+        # Between progressive scans stand tables, whose bytes are no markers.
+        position = found.end() + struct.unpack_from(">H", data, found.end())[0]
+    return False
+
+
+def _png_ends(data: bytes) -> bool:
+    position = 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4])
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position += 12 + length
+    return False
+
+
+def _boxes_end(data: bytes) -> bool:
+    position = 0
+    while position + 8 <= len(data):
+        length, _ = struct.unpack_from(">I4s", data, position)
+        if length == 1 and position + 16 <= len(data):
+            (length,) = struct.unpack_from(">Q", data, position + 8)
+        if length == 0:
+            return True
+        position += max(8, length)
+    return position == len(data)
+
+
+def _riff_ends(data: bytes) -> bool:
+    return len(data) >= 8 and 8 + int.from_bytes(data[4:8], "little") <= len(data)
+
+
+def _bmp_ends(data: bytes) -> bool:
+    return len(data) >= 6 and int.from_bytes(data[2:6], "little") <= len(data)
+
+
+def _gif_ends(data: bytes) -> bool:
+    return data.rstrip(b"\0").endswith(b";")
+
+
+def _tiff_ends(data: bytes) -> bool:
+    """Whether a TIFF's first directory, the values it points at and the pixels are all there."""
+    end: int
+    order = "<" if data.startswith(b"II") else ">"
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", data, 4)
+        (num_entries,) = struct.unpack_from(f"{order}H", data, directory)
+        end = int(directory + 2 + 12 * num_entries + 4)
+        for entry in range(num_entries):
+            place = directory + 2 + 12 * entry
+            _, kind, count, value = struct.unpack_from(f"{order}HHII", data, place)
+            size = _TIFF_TYPE_BYTES.get(kind, 1) * count
+            end = max(end, value + size if size > 4 else 0)
+        with _no_warnings(), Image.open(BytesIO(data), formats=["TIFF"]) as image:
+            tags = cast("Any", image).tag_v2
+            offsets = tags.get(273) or tags.get(324) or ()
+            lengths = tags.get(279) or tags.get(325) or ()
+            end = max(end, *map(sum, zip(offsets, lengths, strict=False)))
+    except _PARSE_ERRORS:
+        return False
+    return end <= len(data)
+
+
+_TIFF_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+_BOX_NAMES = (b"ftyp", b"jP  ")
+_STRUCTURES: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
+    (_JPEG_START, _jpeg_ends),
+    (b"\x89PNG\r\n\x1a\n", _png_ends),
+    (b"RIFF", _riff_ends),
+    (b"BM", _bmp_ends),
+    (b"GIF8", _gif_ends),
+    (b"II", _tiff_ends),
+    (b"MM", _tiff_ends),
+)

@@ -1,0 +1,99 @@
+"""From a store to the sorted list of its images and videos."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from pipeline.records import Asset, AssetKind
+from pipeline.storage import ObjectInfo, Store, escape_path
+
+IMAGE_EXTENSIONS = frozenset(
+    "avif bmp dib gif hdr jp2 jpe jpeg jpg pam pbm pgm pic png pnm ppm ras sr tif tiff webp".split()  # noqa: SIM905
+)
+VIDEO_EXTENSIONS = frozenset("avi m2ts m4v mkv mov mp4 mts ts webm".split())  # noqa: SIM905
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What an archive holds.
+
+    Attributes:
+        assets: Images and videos, sorted by the bytes of their escaped paths.
+        num_hidden: Files skipped because they or a folder above them start with a dot.
+        ignored: Number of other files that are no asset, by lower-case extension.
+    """
+
+    assets: tuple[Asset, ...]
+    num_hidden: int
+    ignored: Mapping[str, int]
+
+    @property
+    def num_ignored(self) -> int:
+        """Files that are neither hidden nor an image or a video by extension."""
+        return sum(self.ignored.values())
+
+
+def list_assets(
+    store: Store,
+    pattern: str | None = None,
+    *,
+    wanted: Callable[[str], bool] | None = None,
+    threads: int = 16,
+) -> Listing:
+    """List the images and videos of an archive, by extension, in all its folders.
+
+    Args:
+        store: The archive.
+        pattern: Glob for ``compile_glob`` that keys must match; None for everything.
+        wanted: Says of a key whether it is part of the archive; None for all.
+        threads: Files fingerprinted at a time, where the listing itself has no ETag.
+
+    Raises:
+        StorageError: If the store cannot be listed or a file cannot be fingerprinted.
+    """
+    found: dict[str, ObjectInfo] = {}
+    ignored: Counter[str] = Counter()
+    num_hidden = 0
+    for info in store.glob(pattern):
+        if wanted is not None and not wanted(info.key):
+            continue
+        if _is_hidden(info.key):
+            num_hidden += 1
+        elif asset_kind(info.key) is None:
+            ignored[_extension(info.key)] += 1
+        else:
+            found[escape_path(info.key)] = info
+    assets = sorted(_assets(store, found, threads), key=lambda asset: asset.path.encode())
+    return Listing(
+        assets=tuple(assets), num_hidden=num_hidden, ignored=dict(sorted(ignored.items()))
+    )
+
+
+def asset_kind(key: str) -> AssetKind | None:
+    """Whether a file is read as an image or a video, by its extension in any case."""
+    extension = _extension(key)
+    if extension in IMAGE_EXTENSIONS:
+        return "image"
+    return "video" if extension in VIDEO_EXTENSIONS else None
+
+
+def _assets(store: Store, found: Mapping[str, ObjectInfo], threads: int) -> Iterator[Asset]:
+    def describe(path: str) -> Asset:
+        info = found[path]
+        kind = asset_kind(info.key)
+        assert kind is not None  # noqa: S101 - only assets are found
+        etag = info.etag or store.fingerprint(info.key)
+        return Asset(path=path, kind=kind, size_bytes=info.size_bytes, etag=etag)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="fingerprint") as pool:
+        yield from pool.map(describe, found)
+
+
+def _extension(key: str) -> str:
+    return PurePosixPath(key).suffix.removeprefix(".").lower()
+
+
+def _is_hidden(key: str) -> bool:
+    return any(segment.startswith(".") for segment in key.split("/"))

@@ -1,0 +1,288 @@
+"""The three stages as plain callables over one-row Arrow tables: decode, annotate, publish.
+
+None of them knows where it runs. A table without rows passes through: it stands for a shard that
+somebody else has committed meanwhile, or that a draining job leaves for later.
+"""
+
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.commit import commit_attempt
+from pipeline.decode import DecodeLimits, decode_shard
+from pipeline.layout import Generation, cancel_key
+from pipeline.records import (
+    RECEIPT_SCHEMA,
+    AnnotatedShard,
+    DecodedShard,
+    FrameRecord,
+    FrameStatistics,
+    ShardReceipt,
+    UInt8Array,
+    UInt16Array,
+    shards_from_table,
+)
+from pipeline.sinks.parquet import NUM_CLASSES, encode_shard
+from pipeline.sinks.png import write_png_tree
+from pipeline.storage import StorageOptions, Store, open_store
+
+if TYPE_CHECKING:
+    from segformer3d.config import DepthCodec
+    from segformer3d.predictor import Predictions
+
+# How long a stage trusts its last look at the cancel marker.
+_DRAIN_CHECK_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """What every stage of one run needs to know.
+
+    Attributes:
+        job_url: The job's URI.
+        job_storage: How to reach it.
+        archive_storage: How to reach the archive.
+        generation: Number of the generation being made.
+        plan_id: Its plan.
+        lease: Number of the driver's lease.
+        metadata: Stored in the schema of every Parquet object.
+        limits: Bounds of the decoder.
+        write_png: Whether the PNG tree is wanted.
+        class_ids_at_asset_size: Whether class ids are resolved at the asset's own size.
+        micro_batch: Frames per forward pass at the most; None leaves it to the device.
+        threads: CPU threads of one model; None leaves torch's default.
+    """
+
+    job_url: str
+    job_storage: StorageOptions
+    archive_storage: StorageOptions
+    generation: int
+    plan_id: str
+    lease: int
+    metadata: dict[str, object]
+    limits: DecodeLimits
+    write_png: bool = False
+    class_ids_at_asset_size: bool = False
+    micro_batch: int | None = None
+    threads: int | None = 1
+
+    @property
+    def layout(self) -> Generation:
+        """Keys of the generation."""
+        return Generation(self.generation)
+
+    def store(self) -> Store:
+        """The job's store, one per process."""
+        return cached_store(self.job_url, self.job_storage)
+
+
+@functools.lru_cache(maxsize=8)
+def cached_store(url: str, options: StorageOptions) -> Store:
+    """A store kept for the life of the process, so that its connections are."""
+    return open_store(url, options)
+
+
+class DecodeShard:
+    """One planned shard in, one decoded shard out."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A row of ``PLAN_SCHEMA`` to a ``DecodedShard`` row, or no row if there is no need."""
+        (spec,) = shards_from_table(table)
+        store = self.context.store()
+        if is_draining(self.context):
+            return _nothing("pixels")
+        if store.head(self.context.layout.commit_key(spec.shard_id)) is not None:
+            return _nothing("pixels")
+        started = time.perf_counter()
+        decoded = decode_shard(spec, self.context.archive_storage, self.context.limits)
+        return replace(decoded, decode_s=time.perf_counter() - started).to_table()
+
+
+class AnnotateShard:
+    """One decoded shard in, one annotated shard out; holds the model.
+
+    Args:
+        context: The run.
+        weights: Bytes of a safetensors file of this project.
+    """
+
+    def __init__(self, context: StageContext, weights: bytes) -> None:
+        # Imported here: decode and publish workers share this module and must not import torch.
+        from segformer3d.predictor import Predictor
+        from segformer3d.weights import model_from_bytes
+
+        self.context = context
+        model, info = model_from_bytes(weights)
+        self.config, self.codec = info.config, info.depth_codec
+        self.predictor: Predictor = Predictor(
+            model, info, micro_batch=context.micro_batch, threads=context.threads
+        )
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A ``DecodedShard`` row to an ``AnnotatedShard`` row."""
+        if table.num_rows == 0 or is_draining(self.context):
+            return _nothing("class_ids", "depth")
+        return self.annotate(DecodedShard.from_table(table)).to_table()
+
+    def annotate(self, shard: DecodedShard) -> AnnotatedShard:
+        """Run the model over a shard's good frames.
+
+        A frame whose output is not finite becomes an error of kind ``non_finite``.
+        """
+        started = time.perf_counter()
+        frames = list(shard.frames)
+        good = [index for index, frame in enumerate(frames) if frame.error_kind is None]
+        class_ids: list[UInt8Array] = []
+        depth: list[UInt16Array] = []
+        statistics: list[FrameStatistics] = []
+        for rows, said in self._predictions(shard, [frames[index] for index in good]):
+            for place, row in enumerate(rows):
+                if not said.finite[place]:
+                    frames[good[row]] = _non_finite(frames[good[row]])
+                    continue
+                statistics.append(frame_statistics(said, place, self.codec))
+                if said.class_ids is not None:
+                    class_ids.append(said.class_ids[place])
+                if said.depth is not None:
+                    depth.append(said.depth[place])
+        return AnnotatedShard(
+            shard_id=shard.shard_id,
+            frames=tuple(frames),
+            class_ids=tuple(class_ids) if self.config.num_classes else None,
+            depth=tuple(depth) if self.config.has_depth else None,
+            statistics=tuple(statistics),
+            decode_s=shard.decode_s,
+            annotate_s=time.perf_counter() - started,
+        )
+
+    def _predictions(
+        self, shard: DecodedShard, frames: list[FrameRecord]
+    ) -> Iterator[tuple[range, "Predictions"]]:
+        """Runs of rows that share an output size, with what the model says of them, in order."""
+        start = 0
+        while start < len(frames):
+            size = self._class_ids_size(frames[start])
+            stop = start + 1
+            while stop < len(frames) and self._class_ids_size(frames[stop]) == size:
+                stop += 1
+            pixels = shard.pixels[start:stop]
+            yield range(start, stop), self.predictor.predict(pixels, class_ids_size=size)
+            start = stop
+
+    def _class_ids_size(self, frame: FrameRecord) -> tuple[int, int] | None:
+        if not self.context.class_ids_at_asset_size:
+            return None
+        return frame.height, frame.width
+
+
+class PublishShard:
+    """One annotated shard in, one receipt out; the shard is decided when this returns."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """An ``AnnotatedShard`` row to a row of ``RECEIPT_SCHEMA``."""
+        if table.num_rows == 0:
+            return RECEIPT_SCHEMA.empty_table()
+        return self.publish(AnnotatedShard.from_table(table)).to_table()
+
+    def publish(self, shard: AnnotatedShard) -> ShardReceipt:
+        """Encode, write, commit, and make the PNGs if this attempt won."""
+        started = time.perf_counter()
+        context, store = self.context, self.context.store()
+        data = encode_shard(shard, context.metadata)
+        record, won = commit_attempt(
+            store, context.layout, context.plan_id, shard.shard_id, shard.frames, data
+        )
+        if won and context.write_png:
+            write_png_tree(store, data)
+            mark_png_done(store, context.layout, shard.shard_id)
+        return ShardReceipt(
+            shard_id=shard.shard_id,
+            won=won,
+            num_rows=record.num_rows,
+            num_ok=record.num_ok,
+            size_bytes=sum(file.size_bytes for file in record.files),
+            decode_s=shard.decode_s,
+            annotate_s=shard.annotate_s,
+            publish_s=time.perf_counter() - started,
+        )
+
+
+def mark_png_done(store: Store, layout: Generation, shard_id: int) -> None:
+    """Note that a shard's PNGs are complete; repeating it is harmless."""
+    store.put(layout.png_done_key(shard_id), b"")
+
+
+_drain_seen: dict[tuple[str, int], tuple[float, bool]] = {}
+
+
+def is_draining(context: StageContext) -> bool:
+    """Whether the driver of this run was asked to stop; looks at storage once a second at most."""
+    name = (context.job_url, context.lease)
+    checked_at, draining = _drain_seen.get(name, (float("-inf"), False))
+    now = time.monotonic()
+    if draining or now - checked_at < _DRAIN_CHECK_S:
+        return draining
+    draining = context.store().head(cancel_key(context.lease)) is not None
+    _drain_seen[name] = (now, draining)
+    return draining
+
+
+def frame_statistics(
+    said: "Predictions", place: int, codec: "DepthCodec | None"
+) -> FrameStatistics:
+    """Statistics of one frame of a prediction.
+
+    Args:
+        said: What the model said of a run of frames.
+        place: Which of them.
+        codec: How depth codes read; only a metric codec gives metres.
+    """
+    fraction = None
+    if said.class_ids is not None:
+        fraction = class_fraction(said.class_ids[place])
+    percentiles: tuple[float | None, ...] = (None, None, None)
+    if said.depth is not None and codec is not None and codec.kind == "metric":
+        percentiles = depth_percentiles(codec.decode(said.depth[place]))
+    confidence, entropy = said.confidence_mean, said.entropy_mean
+    return FrameStatistics(
+        class_fraction=fraction,
+        confidence_mean=None if confidence is None else float(confidence[place]),
+        entropy_mean=None if entropy is None else float(entropy[place]),
+        depth_p05_m=percentiles[0],
+        depth_p50_m=percentiles[1],
+        depth_p95_m=percentiles[2],
+    )
+
+
+def class_fraction(class_ids: UInt8Array) -> tuple[float, ...]:
+    """Share of each class among the valid pixels; all zero if there is none."""
+    counts = np.bincount(class_ids.reshape(-1), minlength=256)[:NUM_CLASSES]
+    return tuple((counts / max(1, int(counts.sum()))).tolist())
+
+
+def depth_percentiles(depth_m: np.ndarray) -> tuple[float | None, ...]:
+    """5th, 50th and 95th percentile of the valid metres; None where there is no valid pixel."""
+    valid = depth_m[np.isfinite(depth_m) & (depth_m > 0)]
+    if valid.size == 0:
+        return None, None, None
+    return tuple(np.percentile(valid, (5, 50, 95)).tolist())
+
+
+def _non_finite(frame: FrameRecord) -> FrameRecord:
+    return replace(frame, error_kind="non_finite", error="the model's output is not finite")
+
+
+def _nothing(*binaries: str) -> pa.Table:
+    columns = {name: pa.array([], pa.large_binary()) for name in binaries}
+    return pa.table({"head": pa.array([], pa.string()), **columns})

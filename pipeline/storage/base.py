@@ -1,0 +1,177 @@
+"""The interface of a store, and what it takes and gives."""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from pipeline.errors import ObjectNotFoundError, StorageError
+from pipeline.storage.paths import compile_glob, literal_glob
+
+Data = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How to reach S3; credentials are never here but in botocore's chain (env, profile, role).
+
+    Attributes:
+        endpoint_url: A server other than AWS; falls back to ``AWS_ENDPOINT_URL_S3``,
+            ``AWS_ENDPOINT_URL`` and the profile.
+        region: Falls back to ``AWS_REGION``, ``AWS_DEFAULT_REGION`` and the profile.
+        anonymous: Send unsigned requests, for public buckets.
+    """
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    anonymous: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectInfo:
+    """One object, as listed.
+
+    Attributes:
+        key: Path relative to the store's URL.
+        size_bytes: Its size; 0 for a dangling link.
+        etag: S3's ETag without quotes; empty on a local store, see ``Store.fingerprint``.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+class Store(ABC):
+    """Objects below one URL, by keys relative to it.
+
+    A store is picklable and thread-safe; its clients are built at first use in each process, so
+    it must not cross a ``fork`` after that. Every method raises ``ObjectNotFoundError``,
+    ``ObjectForbiddenError``, ``StoreUnavailableError`` or a plain ``StorageError``, each with one
+    line that names the URL.
+
+    Attributes:
+        url: Where the store is; ``open_store(url)`` opens it again.
+    """
+
+    url: str
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+
+    @abstractmethod
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """The object's bytes from ``start``; fewer than ``length`` only at its end."""
+
+    @abstractmethod
+    def head(self, key: str) -> ObjectInfo | None:
+        """What is at ``key``, or None."""
+
+    @abstractmethod
+    def put(self, key: str, data: Data) -> None:
+        """Write or replace the object atomically; durable on return."""
+
+    @abstractmethod
+    def create(self, key: str, data: Data) -> None:
+        """Write the object in one step only if there is none; durable on return.
+
+        No error tells whether the write took place; ``create_once`` finds out.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str = "", *, recursive: bool = True) -> Iterator[ObjectInfo]:
+        """Every object below the folder ``prefix``, streamed in no promised order.
+
+        Hidden files are included; folder markers, special files and the temporary files of ``put``
+        are not. A folder that does not exist is empty. Links to files and folders are followed,
+        except from a folder to one that contains it.
+        """
+
+    @abstractmethod
+    def list_folders(self, prefix: str = "") -> Iterator[str]:
+        """Keys of the folders immediately below the folder ``prefix``, without a final slash."""
+
+    @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; one that is absent already is no error."""
+
+    @abstractmethod
+    def open_seekable(self, key: str) -> BinaryIO:
+        """The object as a seekable file that reads blocks as they are needed, for PyAV."""
+
+    @abstractmethod
+    def fingerprint(self, key: str) -> str:
+        """What changes with the content: the ETag; locally size and a hash of both ends."""
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object at ``key``."""
+        return self.head(key) is not None
+
+    def glob(self, pattern: str | None) -> Iterator[ObjectInfo]:
+        """Every object that ``compile_glob(pattern)`` matches, None meaning all.
+
+        Looks only into folders that the pattern can reach.
+        """
+        return self.list() if pattern is None else self._glob("", pattern.split("/"))
+
+    def _glob(self, folder: str, segments: Sequence[str]) -> Iterator[ObjectInfo]:
+        first, *rest = segments
+        base = f"{folder}/" if folder else ""
+        name = literal_glob(first)
+        if name is not None and rest:
+            yield from self._glob(base + name, rest)
+        elif name is not None:
+            info = self.head(base + name)
+            if info is not None:
+                yield info
+        elif rest and first != "**":
+            matches = compile_glob(first).fullmatch
+            for child in self.list_folders(folder):
+                if matches(child.removeprefix(base)):
+                    yield from self._glob(child, rest)
+        else:
+            matches = compile_glob("/".join(segments)).fullmatch
+            for info in self.list(folder, recursive=bool(rest) or first == "**"):
+                if matches(info.key.removeprefix(base)):
+                    yield info
+
+    def read_many(
+        self, keys: Iterable[str], threads: int = 8
+    ) -> Iterator[tuple[str, bytes | StorageError]]:
+        """Read objects in parallel and yield them in order; at most ``2 * threads`` are held."""
+        pending: deque[tuple[str, Future[bytes | StorageError]]] = deque()
+        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+            try:
+                for key in keys:
+                    pending.append((key, pool.submit(self._try_read, key)))
+                    if len(pending) >= 2 * threads:
+                        yield _result(pending)
+                while pending:
+                    yield _result(pending)
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+    def _try_read(self, key: str) -> bytes | StorageError:
+        try:
+            return self.read(key)
+        except StorageError as error:
+            return error
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+
+def _result(
+    pending: deque[tuple[str, Future[bytes | StorageError]]],
+) -> tuple[str, bytes | StorageError]:
+    key, future = pending.popleft()
+    return key, future.result()
+
+
+def not_found(url: str) -> ObjectNotFoundError:
+    """The error for an object that is not there."""
+    return ObjectNotFoundError(f"{url}: no such object")

@@ -1,0 +1,114 @@
+"""The commit protocol's one decision: a create-only write whose outcome is read, never guessed."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from uuid import uuid4
+
+from pipeline.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreUnavailableError,
+)
+from pipeline.storage.base import Store
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_PROBE_WRITERS = 16
+_PROBE_ROUNDS = 3
+
+
+def create_once(store: Store, key: str, data: bytes, *, attempts: int = 6) -> bytes:
+    """Create ``key`` unless somebody has, and return the bytes that stand there for good.
+
+    Bytes equal to ``data`` mean that this writer won, so ``data`` must differ between writers
+    that must be told apart. Whatever exception the write ends with, only the object that is then
+    read back decides: a retried conditional write can fail on its own success.
+
+    Raises:
+        StoreUnavailableError: The outcome is unknown; the write may yet have succeeded, so the
+            caller must not collect what ``data`` refers to.
+    """
+    for attempt in range(attempts):
+        try:
+            store.create(key, data)
+        except Exception as error:  # noqa: BLE001 - no exception tells what became of the write
+            failure = error
+        else:
+            return data
+        winner = _read_back(store, key, attempts)
+        if winner is not None:
+            return winner
+        _pause(attempt)
+    message = f"{store.url}: gave up creating {key!r} after {attempts} attempts: {failure}"
+    raise StoreUnavailableError(message) from failure
+
+
+def probe_conditional_writes(store: Store, prefix: str) -> bool:
+    """Whether exactly one of 16 racing creates of a fresh key below ``prefix`` succeeds.
+
+    Raises:
+        StorageError: The store cannot be written at all.
+    """
+    for _ in range(_PROBE_ROUNDS):
+        key = f"{prefix.rstrip('/')}/probe-{uuid4().hex}".lstrip("/")
+        try:
+            winners = _race(store, key)
+            if len(winners) > 1:
+                return False
+            if winners:
+                return _holds(store, key, winners[0])
+            if not store.exists(key):
+                # Nobody won: either the condition is refused, or every write is, which raises.
+                store.put(key, b"probe")
+                return False
+        finally:
+            store.delete([key])
+    return False
+
+
+def _race(store: Store, key: str) -> list[bytes]:
+    barrier = Barrier(_PROBE_WRITERS)
+
+    def write(index: int) -> bytes | None:
+        data = f"{key} {index}".encode()
+        barrier.wait()
+        try:
+            store.create(key, data)
+        except StorageError:
+            return None
+        return data
+
+    with ThreadPoolExecutor(_PROBE_WRITERS) as pool:
+        outcomes = list(pool.map(write, range(_PROBE_WRITERS)))
+    return [data for data in outcomes if data is not None]
+
+
+def _holds(store: Store, key: str, winner: bytes) -> bool:
+    try:
+        store.create(key, b"late")
+    except ObjectExistsError:
+        return store.read(key) == winner
+    except StorageError:
+        return False
+    return False
+
+
+def _read_back(store: Store, key: str, attempts: int) -> bytes | None:
+    for attempt in range(attempts):
+        try:
+            return store.read(key)
+        except ObjectNotFoundError:
+            return None
+        except Exception as error:  # noqa: BLE001 - unreadable is an outcome of its own
+            failure = error
+        _pause(attempt)
+    message = f"{store.url}: cannot read back {key!r}, its outcome is unknown: {failure}"
+    raise StoreUnavailableError(message) from failure
+
+
+def _pause(attempt: int) -> None:
+    longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
+    time.sleep(longest_s * random.uniform(0.5, 1))  # noqa: S311 - jitter, not a secret

@@ -1,0 +1,130 @@
+"""From a URL to a store."""
+
+import os
+from dataclasses import replace
+from glob import escape as escape_glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import UserError
+from pipeline.storage.base import StorageOptions, Store
+from pipeline.storage.local import LocalStore
+from pipeline.storage.paths import split_glob
+
+if TYPE_CHECKING:
+    from pipeline.storage.s3 import S3Store
+
+_ACCEPTED = "a local path, file:///path or s3://bucket/prefix"
+
+
+def open_store(url: str, options: StorageOptions | None = None, *, create: bool = False) -> Store:
+    """Open the store at ``url``.
+
+    Args:
+        url: A local folder, ``file:///folder`` or ``s3://bucket/prefix``.
+        options: How to reach S3. What the environment says of endpoint and region is taken here
+            and travels with the store, so that workers see what the driver saw.
+        create: For a store that will be written: makes the local folder, checks the bucket.
+
+    Raises:
+        UserError: For any other URL, a missing folder or bucket, or missing credentials.
+    """
+    path = _local_path(url)
+    if path is not None:
+        return _open_local(path, create=create)
+    store = _open_s3(url, options)
+    if create:
+        store.require_bucket()
+    return store
+
+
+def open_input(url: str, options: StorageOptions | None = None) -> tuple[Store, str | None]:
+    """Open what a user names as input: a folder, a single file, or a glob.
+
+    Returns:
+        The store and a pattern for ``compile_glob``, None meaning everything.
+
+    Raises:
+        UserError: If there is nothing there, or as ``open_store``.
+    """
+    path = _local_path(url)
+    if path is not None:
+        return _open_local_input(path)
+    root, pattern = split_glob(url)
+    store = _open_s3(root, options)
+    store.require_bucket()
+    parent, _, name = root.rpartition("/")
+    if pattern is None and name and parent != "s3:/":
+        folder = _open_s3(parent, options)
+        if folder.exists(name):
+            return folder, escape_glob(name)
+    return store, pattern
+
+
+def resolve_options(options: StorageOptions) -> StorageOptions:
+    """Fill endpoint and region from the environment."""
+    endpoint_url = (
+        options.endpoint_url
+        or os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL")
+    )
+    region = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint_url is not None:
+        parts = urlsplit(endpoint_url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+            raise UserError("the S3 endpoint must look like https://host[:port]")
+    return replace(options, endpoint_url=endpoint_url or None, region=region or None)
+
+
+def _local_path(url: str) -> str | None:
+    """The absolute path that a local URL names, None for S3."""
+    if "::" in url:
+        raise UserError(f"chained URLs are not supported: use {_ACCEPTED}")
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        if not url or "\0" in url:
+            raise UserError(f"not a storage URL: use {_ACCEPTED}")
+        return str(Path(url).expanduser().absolute())
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if host not in {"", "localhost"} or not slash:
+            raise UserError("a file URL has three slashes: file:///path")
+        return str(Path(unquote(slash + path, errors="surrogateescape")))
+    if scheme != "s3":
+        raise UserError(f"unsupported storage scheme {scheme!r}: use {_ACCEPTED}")
+    bucket = rest.partition("/")[0]
+    if not bucket or set(bucket) & set("@:?#% *["):
+        raise UserError("not a bucket name: an S3 URL looks like s3://bucket/prefix")
+    return None
+
+
+def _open_s3(url: str, options: StorageOptions | None) -> "S3Store":
+    from pipeline.storage.s3 import S3Store  # boto3 and obstore cost 0.3 s
+
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    store = S3Store(bucket, prefix.rstrip("/"), resolve_options(options or StorageOptions()))
+    store.connect()
+    return store
+
+
+def _open_local(path: str, *, create: bool) -> LocalStore:
+    folder = Path(os.path.normpath(path))
+    if create:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not folder.is_dir():
+        reason = "it is a file" if folder.exists() else "no such folder"
+        raise UserError(f"cannot open {folder}: {reason}")
+    return LocalStore(str(folder))
+
+
+def _open_local_input(path: str) -> tuple[Store, str | None]:
+    if Path(path).is_file():
+        return _open_local(str(Path(path).parent), create=False), escape_glob(Path(path).name)
+    if Path(path).exists():
+        return _open_local(path, create=False), None
+    root, pattern = split_glob(path)
+    return _open_local(root, create=False), pattern

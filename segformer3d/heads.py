@@ -1,0 +1,152 @@
+"""The all-MLP heads of SegFormer (Xie et al. 2021, arXiv 2105.15203) and their folded form.
+
+A head projects each of the four maps to `head_width` channels, resizes them to the finest map,
+fuses and predicts, all with 1x1 convolutions. Up to its ReLU that is linear, and a 1x1
+convolution commutes with bilinear resizing; so for inference `fuse @ project`, batch norm
+included, is one small matrix per stage at the stage's own resolution, and all heads share a pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from segformer3d.layers import init_weights, resize_bilinear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DROPOUT = 0.1
+BAND_FLOATS = 2**19  # what is in flight on a CPU: 2 MiB, about a core's cache
+
+
+class AllMLPHead(nn.Module):
+    """One head over four maps.
+
+    Its fused convolution takes the stages from the deepest to the shallowest, as the paper's.
+    """
+
+    def __init__(
+        self, embed_dims: Sequence[int], head_width: int, out_channels: int, *, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Conv2d(dim, head_width, 1) for dim in embed_dims)
+        self.fuse = nn.Conv2d(len(embed_dims) * head_width, head_width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(head_width, eps=norm_eps)
+        self.dropout = nn.Dropout(DROPOUT)
+        self.predict = nn.Conv2d(head_width, out_channels, 1)
+        self.apply(init_weights)
+        nn.init.normal_(self.predict.weight, std=0.01)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Turn four maps (B, embed_dims[s], h_s, w_s) into (B, out_channels, h_0, w_0)."""
+        size = (maps[0].shape[-2], maps[0].shape[-1])
+        projected = [
+            resize_bilinear(project(map_), size)
+            for project, map_ in zip(self.project, maps, strict=True)
+        ]
+        hidden = functional.relu(self.norm(self.fuse(torch.cat(projected[::-1], dim=1))))
+        out: Tensor = self.predict(self.dropout(hidden))
+        return out
+
+
+class SegmentationHead(AllMLPHead):
+    """Logits of each class at the finest map's size."""
+
+
+class DepthHead(AllMLPHead):
+    """One channel of depth at the finest map's size."""
+
+    def __init__(self, embed_dims: Sequence[int], head_width: int, *, norm_eps: float) -> None:
+        super().__init__(embed_dims, head_width, 1, norm_eps=norm_eps)
+
+
+class FoldedHeads(nn.Module):
+    """Several trained heads as one, for inference: the same function, a fraction of the work.
+
+    Keeps nothing of the heads it is made from; changing them later changes nothing here.
+    """
+
+    def __init__(self, heads: Sequence[AllMLPHead]) -> None:
+        super().__init__()
+        with torch.no_grad():
+            folded = [_fold(head) for head in heads]
+        stages = zip(*(weights for weights, _ in folded), strict=True)
+        self.weights = nn.ParameterList(_copy(torch.cat(weights)) for weights in stages)
+        self.bias = _copy(torch.cat([bias for _, bias in folded]))
+        self.predicts = nn.ModuleList(_linear(head.predict) for head in heads)
+        self.widths = [head.predict.in_channels for head in heads]
+        self.requires_grad_(requires_grad=False)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Turn four maps (B, embed_dims[s], h_s, w_s) into float32 (B, out, h_0, w_0) per head."""
+        finest_bhwc, *others_bhwc = (map_.permute(0, 2, 3, 1) for map_ in maps)
+        height = finest_bhwc.shape[1]
+        columns = [
+            resize_bilinear(
+                functional.linear(map_, weight).permute(0, 3, 1, 2), (height, map_.shape[2])
+            )
+            for map_, weight in zip(others_bhwc, self.weights[1:], strict=True)
+        ]
+        rows = _band_rows(finest_bhwc, sum(self.widths))
+        bands = [
+            self._predict(
+                finest_bhwc[:, top : top + rows], [c[:, :, top : top + rows] for c in columns]
+            )
+            for top in range(0, height, rows)
+        ]
+        outs_bhwc = (torch.cat(parts, dim=1) for parts in zip(*bands, strict=True))
+        return [out.permute(0, 3, 1, 2) for out in outs_bhwc]
+
+    def _predict(self, finest_bhwc: Tensor, columns: Sequence[Tensor]) -> list[Tensor]:
+        """Predict a band of rows; `columns` are (B, C, rows, w_s), still to be widened."""
+        size = (finest_bhwc.shape[1], finest_bhwc.shape[2])
+        hidden = functional.linear(finest_bhwc, self.weights[0], self.bias).permute(0, 3, 1, 2)
+        for column in columns:
+            hidden += resize_bilinear(column, size)
+        # In bfloat16 neighbouring logits would tie: the last product is always in float32.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden_bhwc = functional.relu_(hidden).float().permute(0, 2, 3, 1)
+            parts = torch.split(hidden_bhwc, self.widths, dim=-1)
+            return [predict(part) for predict, part in zip(self.predicts, parts, strict=True)]
+
+
+def _band_rows(finest_bhwc: Tensor, hidden_width: int) -> int:
+    """Rows to predict at a time: all on a GPU, as many as a cache holds on a CPU (2x faster)."""
+    batch, height, width, _ = finest_bhwc.shape
+    if finest_bhwc.device.type != "cpu":
+        return height
+    return max(1, BAND_FLOATS // max(1, batch * width * hidden_width))
+
+
+def _fold(head: AllMLPHead) -> tuple[list[Tensor], Tensor]:
+    """Fold one head in float64: a matrix (head_width, embed_dim) per stage, and one bias."""
+    norm = head.norm
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a head without running statistics cannot be folded")
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    bias = norm.bias.double() - scale * norm.running_mean.double()
+    fuse = scale[:, None] * head.fuse.weight.double().flatten(1)
+    blocks = fuse.chunk(len(head.project), dim=1)[::-1]
+    projections = [dict(project.named_parameters()) for project in head.project]
+    pairs = list(zip(blocks, projections, strict=True))
+    weights = [block @ project["weight"].double().flatten(1) for block, project in pairs]
+    bias += sum(block @ project["bias"].double() for block, project in pairs)
+    return weights, bias
+
+
+def _copy(matrix: Tensor) -> nn.Parameter:
+    return nn.Parameter(matrix.detach().float().clone())
+
+
+def _linear(conv: nn.Conv2d) -> nn.Linear:
+    linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+    state = {
+        name: _copy(value.flatten(1) if value.ndim > 1 else value)
+        for name, value in conv.named_parameters()
+    }
+    linear.load_state_dict(state, assign=True)
+    return linear

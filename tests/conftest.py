@@ -1,0 +1,73 @@
+"""Fixtures shared by all tests: S3 servers and the credentials for them."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Helpers beside this file are imported as ``tests.s3_server``, wherever pytest is started.
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The repository's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def aws_environment() -> Iterator[None]:
+    """Credentials and region of the test servers, and nothing of the user's own."""
+    from tests.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY_ID)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY)
+        patch.setenv("AWS_REGION", REGION)
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_server(aws_environment: None) -> Iterator[str]:
+    """Endpoint URL of a real S3 server (seaweedfs), also in ``AWS_ENDPOINT_URL``."""
+    from tests.s3_server import run_s3_server
+
+    with run_s3_server() as endpoint_url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint_url)
+        yield endpoint_url
+
+
+@pytest.fixture
+def s3_bucket_url(s3_server: str) -> str:
+    """A prefix that nobody has used, on the real server."""
+    return f"s3://out/{uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def moto_server(aws_environment: None) -> Iterator[str]:
+    """Endpoint URL of moto's server with buckets ``frames`` and ``out``; it takes any secret."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    from tests.s3_server import BUCKETS, REGION
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint_url = f"http://{host}:{port}"
+    client = boto3.client("s3", endpoint_url=endpoint_url, region_name=REGION)
+    for bucket in BUCKETS:
+        client.create_bucket(Bucket=bucket)
+    yield endpoint_url
+    server.stop()

@@ -1,0 +1,189 @@
+import struct
+import warnings
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.geometry import Orientation
+from pipeline.sources.assets import DecodeLimits
+from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
+from pipeline.sources.listing import IMAGE_EXTENSIONS
+from tests.media import encode_cv2, encode_image, picture
+
+LIMITS = DecodeLimits()
+
+
+def kind_of(data, limits=LIMITS):
+    with pytest.raises(InputError) as caught:
+        decode_image(data, limits)
+    return caught.value.kind
+
+
+def distance(left, right):
+    return np.abs(left.astype(int) - right.astype(int)).mean()
+
+
+@pytest.mark.parametrize("extension", sorted(IMAGE_EXTENSIONS))
+def test_every_listed_extension_decodes(extension):
+    pixels = picture()
+    decoded = decode_image(encode_cv2(pixels, f".{extension}"), LIMITS)
+    assert decoded.shape == pixels.shape
+    assert decoded.dtype == np.uint8
+    if extension not in ("pbm", "pgm", "pnm"):
+        assert distance(decoded, pixels) < 20
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
+def test_png_modes(mode):
+    data = encode_image(picture(), "PNG", mode=mode)
+    assert np.array_equal(decode_image(data, LIMITS), reference(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr"])
+def test_jpeg_modes(mode):
+    data = encode_image(picture(), "JPEG", mode=mode)
+    assert distance(decode_image(data, LIMITS), reference(data)) < 3
+
+
+def reference(data):
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode in ("RGBA", "LA"):  # alpha is dropped, not composited
+            bands = image.split()[:-1]
+            return np.asarray(Image.merge("RGB", bands if len(bands) == 3 else bands * 3))
+        return np.asarray(image.convert("RGB"))
+
+
+def test_16_bits_keep_the_high_byte():
+    deep = picture().astype(np.uint16) * 256 + 77
+    _, data = cv2.imencode(".png", deep[..., ::-1])
+    assert np.array_equal(decode_image(data.tobytes(), LIMITS), picture())
+
+
+def test_animations_give_their_first_frame():
+    import io
+
+    from PIL import Image
+
+    frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
+    for format in ("WEBP", "PNG"):
+        buffer = io.BytesIO()
+        frames[0].save(
+            buffer, format, save_all=True, append_images=frames[1:], lossless=True, duration=50
+        )
+        assert np.array_equal(decode_image(buffer.getvalue(), LIMITS), picture(seed=0))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_once(format, orientation):
+    pixels = picture()
+    upright = Orientation.from_exif(orientation).apply(pixels)
+    data = encode_image(pixels, format, orientation=orientation)
+    header = read_header(data)
+    assert (header.height, header.width) == upright.shape[:2]
+    decoded = decode_image(data, LIMITS)
+    assert decoded.shape == upright.shape
+    assert distance(decoded, upright) < 12
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_cut_jpeg_is_truncated_wherever_it_is_cut(progressive):
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture()).save(buffer, "JPEG", progressive=progressive)
+    data = buffer.getvalue()
+    for length in {0, 1, *range(2, len(data), 37), len(data) - 2, len(data) - 1}:
+        expected = "corrupt" if length == 1 else "truncated"
+        assert kind_of(data[:length]) == expected, length
+
+
+@pytest.mark.parametrize("extension", [".png", ".bmp", ".webp", ".tiff", ".gif", ".jp2", ".avif"])
+def test_cut_files_of_other_formats_are_truncated(extension):
+    data = encode_cv2(picture(), extension)
+    for length in {len(data) // 4, len(data) // 2, len(data) - 20, len(data) - 1}:
+        assert kind_of(data[:length]) == "truncated", length
+
+
+def test_lost_jpeg_data_is_never_filled_with_grey():
+    data = encode_image(picture(), "JPEG")
+    half = len(data) // 2
+    assert kind_of(data[:half] + b"\xff\xd9") == "corrupt"
+    assert kind_of(data[:half] + bytes(len(data) - half)) == "truncated"
+    assert kind_of(data[:half] + bytes(len(data) - half - 2) + b"\xff\xd9") == "corrupt"
+
+
+def test_a_thumbnail_does_not_hide_the_missing_end():
+    thumbnail = encode_image(picture(32, 32), "JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    data = encode_image(picture(), "JPEG")
+    whole = data[:2] + segment + data[2:]
+    assert decode_image(whole, LIMITS).shape == (64, 96, 3)
+    assert kind_of(whole[: len(whole) * 3 // 4]) == "truncated"
+    assert kind_of(whole[: len(segment) // 2]) == "truncated"
+
+
+def test_padding_behind_a_jpeg_is_harmless():
+    data = encode_image(picture(), "JPEG")
+    assert np.array_equal(decode_image(data + bytes(512), LIMITS), decode_image(data, LIMITS))
+
+
+def test_damaged_png_is_corrupt():
+    data = bytearray(encode_image(picture(), "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    assert kind_of(bytes(data)) == "corrupt"
+
+
+@pytest.mark.parametrize(
+    "data", [b"x" * 100, bytes(5000), b"<html>404</html>", b"\xff\xd8\xff\xd9"]
+)
+def test_what_is_no_image_is_corrupt(data):
+    assert kind_of(data) == "corrupt"
+
+
+def huge_png(side):
+    def chunk(name, body):
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    rows = zlib.compress(bytes((side + 7) // 8 + 1) * 64)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_bombs_are_refused_by_their_header_without_a_warning():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert kind_of(huge_png(30_000)) == "too_large"
+    assert not caught
+    assert (
+        kind_of(encode_image(picture(), "PNG"), DecodeLimits(max_pixels=96 * 64 - 1)) == "too_large"
+    )
+
+
+def test_headers_need_only_the_first_bytes():
+    large = picture(2000, 1500)
+    for format in ("JPEG", "PNG", "BMP"):
+        data = encode_image(large, format)
+        assert len(data) > HEAD_BYTES
+        header = read_header(data[:HEAD_BYTES])
+        assert (header.width, header.height) == (2000, 1500)
+
+
+def test_stderr_comes_back_after_decoding(capfd):
+    import os
+
+    decode_image(encode_image(picture(), "JPEG"), LIMITS)
+    kind_of(encode_image(picture(), "PNG")[:300])
+    os.write(2, b"still here")
+    assert capfd.readouterr().err == "still here"

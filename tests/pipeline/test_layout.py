@@ -1,0 +1,37 @@
+"""Names on storage: people and scripts rely on them."""
+
+import pytest
+
+from pipeline.layout import Generation, attempt_of, png_stem, shard_of
+
+ATTEMPT = "0123456789abcdef" * 2
+
+
+def test_keys_are_those_of_the_design():
+    generation = Generation(0)
+    assert generation.plan_key == "gen-0000/plan/plan.json"
+    assert generation.data_key(42, ATTEMPT) == f"gen-0000/data/shard-00000042-{ATTEMPT}.parquet"
+    assert generation.commit_key(42) == "gen-0000/commit/00000/shard-00000042.json"
+    assert generation.commit_key(12_345) == "gen-0000/commit/00012/shard-00012345.json"
+    assert generation.success_key == "gen-0000/_SUCCESS.json"
+    assert generation.png_done_key(42).startswith("gen-0000/png-done/")
+
+
+def test_names_read_back():
+    generation = Generation(3)
+    assert shard_of(generation.commit_key(7)) == 7
+    assert attempt_of(generation.data_key(7, ATTEMPT)) == (7, ATTEMPT)
+    assert attempt_of("gen-0000/data/other.parquet") is None
+    assert shard_of("gen-0000/commit/00000/x.json") is None
+
+
+def test_png_names_mirror_the_archive():
+    assert png_stem("drive/a.mp4", 123, is_video=True) == "png/drive/a.mp4/000123"
+    assert png_stem("drive/a.jpg", 0, is_video=False) == "png/drive/a.jpg"
+
+
+@pytest.mark.parametrize("name", ["x" * 255 + ".jpg", "ä" * 130, "%0A" * 90])
+def test_png_names_fit_a_file_system(name):
+    stem = png_stem(f"d/{name}", 0, is_video=False)
+    assert len(f"{stem.rpartition('/')[2]}_labelTrainIds.png".encode()) <= 255
+    assert stem != png_stem(f"d/{name}2", 0, is_video=False)

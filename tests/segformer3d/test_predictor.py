@@ -1,0 +1,290 @@
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from segformer3d import predictor as predictor_module
+from segformer3d.config import (
+    METRIC_DEPTH,
+    ORIGIN_DEPTH,
+    ORIGIN_PREPROCESSING,
+    ModelConfig,
+    Preprocessing,
+    WeightsInfo,
+)
+from segformer3d.model import build_model
+from segformer3d.predictor import Predictor, resolve_class_ids
+
+CONFIG = ModelConfig(variant="mit:8,16,40,64:1,1,1,1", head_width=16)
+
+
+def model_and_info(config=CONFIG, **info_fields):
+    """Build a random model whose predictions vary over a picture."""
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    for value in model.parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=1.5 / value[0].numel() ** 0.5)
+    info_fields = {"depth_codec": METRIC_DEPTH if config.has_depth else None} | info_fields
+    return model, WeightsInfo(config=config, training_data="tests", **info_fields)
+
+
+def frames_of(batch, height=64, width=96, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+
+
+def assert_equal(actual, expected):
+    for field in fields(actual):
+        np.testing.assert_array_equal(
+            getattr(actual, field.name), getattr(expected, field.name), err_msg=field.name
+        )
+
+
+def assert_ids_are_the_largest(ids, logits_bkhw):
+    """Equal the argmax wherever it is no tie within rounding."""
+    top = logits_bkhw.topk(2, dim=1)
+    clear = (top.values[:, 0] - top.values[:, 1]) > 1e-4 * logits_bkhw.abs().max()
+    same = torch.as_tensor(ids) == top.indices[:, 0]
+    assert same[clear].all()
+    assert clear.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("preprocessing", [Preprocessing(), ORIGIN_PREPROCESSING])
+@pytest.mark.parametrize("codec", [METRIC_DEPTH, ORIGIN_DEPTH])
+def test_predictions_are_those_of_the_network(preprocessing, codec):
+    model, info = model_and_info(preprocessing=preprocessing, depth_codec=codec)
+    frames = frames_of(3)
+    x = frames[..., ::-1] if preprocessing.channel_order == "bgr" else frames
+    x = (x / 255 - np.array(preprocessing.mean)) / np.array(preprocessing.std)
+    with torch.inference_mode():
+        outputs = model(torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2))
+        logits = outputs.resized((64, 96)).logits
+    predictions = Predictor(model, info, device="cpu").predict(frames)
+
+    assert predictions.class_ids.dtype == np.uint8
+    assert predictions.class_ids.shape == (3, 64, 96)
+    assert len(np.unique(predictions.class_ids)) >= 5
+    assert_ids_are_the_largest(predictions.class_ids, logits)
+
+    assert predictions.depth.dtype == np.uint16
+    expected = codec.encode(outputs.depth[:, 0].numpy())
+    assert expected.any()
+    assert predictions.depth.shape == (3, 16, 24)
+    np.testing.assert_allclose(predictions.depth.astype(int), expected.astype(int), atol=2)
+
+    p = outputs.logits.double().softmax(1)
+    assert predictions.confidence_mean.dtype == predictions.entropy_mean.dtype == np.float32
+    np.testing.assert_allclose(predictions.confidence_mean, p.amax(1).mean((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(
+        predictions.entropy_mean, torch.special.entr(p).sum(1).mean((1, 2)), rtol=1e-4
+    )
+    assert predictions.finite.dtype == np.bool_
+    assert predictions.finite.all()
+
+
+def test_micro_batches_change_nothing():
+    model, info = model_and_info()
+    frames = frames_of(5)
+    alone = Predictor(model, info, micro_batch=1).predict(frames)
+    for micro_batch in (2, 5, 8):
+        together = Predictor(model, info, micro_batch=micro_batch).predict(frames)
+        assert (together.class_ids == alone.class_ids).mean() > 0.999
+        np.testing.assert_allclose(together.depth.astype(int), alone.depth.astype(int), atol=2)
+        np.testing.assert_allclose(together.entropy_mean, alone.entropy_mean, rtol=1e-4)
+
+
+def test_read_only_and_strided_frames():
+    predictor = Predictor(*model_and_info())
+    frames = frames_of(2)
+    expected = predictor.predict(frames)
+    frames.flags.writeable = False
+    assert_equal(predictor.predict(frames), expected)
+    twice = np.repeat(frames, 2, axis=0)
+    assert_equal(predictor.predict(twice[::2]), expected)
+
+
+def test_no_frames():
+    none = Predictor(*model_and_info()).predict(frames_of(0))
+    some = Predictor(*model_and_info()).predict(frames_of(1))
+    for field in fields(none):
+        a, b = getattr(none, field.name), getattr(some, field.name)
+        assert a.dtype == b.dtype
+        assert a.shape == (0, *b.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((1, 60, 96, 3), np.uint8), "60 x 96, but both sides must be multiples of 32"),
+        (np.zeros((1, 64, 0, 3), np.uint8), "multiples of 32"),
+        (
+            np.zeros((64, 96, 3), np.uint8),
+            r"uint8 of shape \(B, H, W, 3\), not uint8 \(64, 96, 3\)",
+        ),
+        (np.zeros((1, 64, 96, 3), np.float32), "not float32"),
+        (np.zeros((1, 3, 64, 96), np.uint8), "of shape"),
+    ],
+)
+def test_other_frames_are_refused(frames, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Predictor(*model_and_info()).predict(frames)
+    assert "\n" not in str(error.value)
+
+
+def test_micro_batch_must_be_positive():
+    with pytest.raises(ValueError, match="micro_batch"):
+        Predictor(*model_and_info(), micro_batch=0)
+
+
+def test_info_must_belong_to_the_model():
+    model, info = model_and_info()
+    other = replace(info, config=replace(info.config, head_width=8))
+    with pytest.raises(ValueError, match="info describes"):
+        Predictor(model, other)
+
+
+class OutOfMemoryAbove:
+    """Stands before an encoder and runs out of memory above a number of frames."""
+
+    def __init__(self, encoder, limit):
+        self.encoder = encoder
+        self.limit = limit
+        self.batches = []
+
+    def __call__(self, x):
+        self.batches.append(len(x))
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("injected")
+        return self.encoder(x)
+
+
+@pytest.mark.parametrize(
+    ("limit", "batches", "kept"),
+    [
+        (8, [8, 3], 8),
+        (4, [8, 4, 4, 3], 4),
+        (3, [8, 4, 2, 2, 2, 2, 2, 1], 2),
+        (1, [8, 4, 2] + [1] * 11, 1),
+    ],
+)
+def test_micro_batches_halve_when_memory_runs_out(limit, batches, kept):
+    model, info = model_and_info()
+    frames = frames_of(11, 32, 32)
+    expected = Predictor(model, info).predict(frames)
+    predictor = Predictor(model, info, micro_batch=8)
+    predictor._encoder = OutOfMemoryAbove(predictor._encoder, limit)
+    predictions = predictor.predict(frames)
+    assert predictor._encoder.batches == batches
+    assert predictor.micro_batch == kept
+    np.testing.assert_allclose(predictions.entropy_mean, expected.entropy_mean, rtol=1e-4)
+
+
+def test_one_frame_that_does_not_fit_raises():
+    predictor = Predictor(*model_and_info(), micro_batch=4)
+    predictor._encoder = OutOfMemoryAbove(predictor._encoder, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        predictor.predict(frames_of(3, 32, 32))
+    assert predictor._encoder.batches == [3, 1]
+
+
+class NanInFrame:
+    def __init__(self, encoder, frame, value):
+        self.encoder, self.frame, self.value = encoder, frame, value
+
+    def __call__(self, x):
+        maps = [map_.clone() for map_ in self.encoder(x)]
+        maps[0][self.frame, 0, 1, 1] = self.value
+        return maps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_frames_that_are_not_finite_are_marked(value):
+    predictor = Predictor(*model_and_info(), micro_batch=3)
+    frames = frames_of(3)
+    expected = predictor.predict(frames)
+    predictor._encoder = NanInFrame(predictor._encoder, 1, value)
+    predictions = predictor.predict(frames)
+    assert predictions.finite.tolist() == [True, False, True]
+    assert (predictions.class_ids[1] == 255).all()
+    assert not predictions.depth[1].any()
+    for frame in (0, 2):
+        np.testing.assert_array_equal(predictions.class_ids[frame], expected.class_ids[frame])
+        np.testing.assert_array_equal(predictions.depth[frame], expected.depth[frame])
+
+
+@pytest.mark.parametrize(("num_classes", "has_depth"), [(None, True), (19, False)])
+def test_a_lacking_head_gives_none(num_classes, has_depth):
+    config = replace(CONFIG, num_classes=num_classes, has_depth=has_depth)
+    predictor = Predictor(*model_and_info(config))
+    for batch in (0, 2):
+        predictions = predictor.predict(frames_of(batch))
+        has_classes = num_classes is not None
+        assert (predictions.class_ids is not None) == has_classes
+        assert (predictions.confidence_mean is not None) == has_classes
+        assert (predictions.entropy_mean is not None) == has_classes
+        assert (predictions.depth is not None) == has_depth
+        assert predictions.finite.shape == (batch,)
+
+
+def test_class_ids_at_the_asset_size_come_from_the_logits():
+    model, info = model_and_info()
+    frames = frames_of(2)
+    small = Predictor(model, info).predict(frames)
+    large = Predictor(model, info).predict(frames, class_ids_size=(108, 190))
+    assert large.class_ids.shape == (2, 108, 190)
+    np.testing.assert_array_equal(large.depth, small.depth)
+    nearest = functional.interpolate(
+        torch.from_numpy(small.class_ids)[:, None].float(), size=(108, 190)
+    )
+    agreement = (nearest[:, 0].numpy() == large.class_ids).mean()
+    assert 0.6 < agreement < 1
+
+
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("size", [(64, 96), (45, 77), (108, 131), (12, 20), (16, 24)])
+@pytest.mark.parametrize("band_floats", [1, 20_000, 2**19])
+def test_class_ids_are_those_of_resizing_then_argmax(kind, size, band_floats, monkeypatch):
+    monkeypatch.setattr(predictor_module, "BAND_FLOATS_CPU", band_floats)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 19, *((16, 24) if kind == "random" else (4, 6)), generator=generator)
+    logits = functional.interpolate(logits, size=(16, 24), mode="bicubic")
+    full = functional.interpolate(logits.double(), size=size, mode="bilinear", align_corners=False)
+    ids = resolve_class_ids(logits, size)
+    assert ids.dtype == torch.uint8
+    assert ids.shape == (2, *size)
+    assert_ids_are_the_largest(ids, full)
+
+
+def test_depth_codes_on_the_device_are_those_of_the_codec():
+    depth = torch.cat(
+        [
+            torch.tensor([0.0, -0.0, -1.0, 1e-9, 1e9, torch.nan, torch.inf, -torch.inf, 255.999]),
+            torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 50,
+        ]
+    )
+    for codec in (METRIC_DEPTH, ORIGIN_DEPTH):
+        codes = predictor_module._encode_depth(depth, codec)
+        np.testing.assert_array_equal(codes.numpy(), codec.encode(depth.numpy()))
+
+
+def test_threads_are_set():
+    before = torch.get_num_threads()
+    try:
+        Predictor(*model_and_info(), threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_agrees_with_cpu():
+    model, info = model_and_info()
+    frames = frames_of(3)
+    expected = Predictor(model, info, device="cpu").predict(frames)
+    actual = Predictor(model, info, device="cuda").predict(frames)
+    assert (actual.class_ids == expected.class_ids).mean() > 0.9
+    np.testing.assert_allclose(actual.entropy_mean, expected.entropy_mean, rtol=0.05)

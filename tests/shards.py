@@ -1,0 +1,44 @@
+"""Annotated shards made by hand, for tests of what comes after the model."""
+
+import numpy as np
+
+from pipeline.records import AnnotatedShard, FrameRecord, FrameStatistics
+
+SIZE = (96, 64)
+
+
+def annotated_shard(
+    shard_id: int = 0, *, num_frames: int = 3, bad: int | None = 1, asset: str = "drive/a.mp4"
+) -> AnnotatedShard:
+    """A shard of one video whose frame ``bad`` could not be read."""
+    rng = np.random.default_rng(shard_id)
+    frames = tuple(
+        FrameRecord(
+            asset=asset,
+            frame_index=index,
+            pts_s=index / 25,
+            width=SIZE[0],
+            height=SIZE[1],
+            error_kind="corrupt" if index == bad else None,
+            error="cannot be decoded" if index == bad else None,
+        )
+        for index in range(num_frames)
+    )
+    good = sum(frame.error_kind is None for frame in frames)
+    return AnnotatedShard(
+        shard_id=shard_id,
+        frames=frames,
+        class_ids=tuple(rng.integers(0, 19, (64, 96), np.uint8) for _ in range(good)),
+        depth=tuple(rng.integers(0, 65536, (16, 24), np.uint16) for _ in range(good)),
+        statistics=(
+            FrameStatistics(
+                class_fraction=(1 / 19,) * 19,
+                confidence_mean=0.5,
+                entropy_mean=1.0,
+                depth_p05_m=1.0,
+                depth_p50_m=2.0,
+                depth_p95_m=3.0,
+            ),
+        )
+        * good,
+    )
