@@ -64,7 +64,7 @@ class GeometrySection(_Section):
     """The size at which frames enter the model."""
 
     mode: Literal["keep_aspect", "stretch"] = "keep_aspect"
-    short_side_px: int = Field(512, ge=32, le=4096)
+    short_side_px: int = Field(512, ge=32, le=4096, multiple_of=32)
     stretch_width_px: int = Field(1024, ge=32, le=8192, multiple_of=32)
     stretch_height_px: int = Field(512, ge=32, le=8192, multiple_of=32)
 

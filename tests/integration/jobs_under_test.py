@@ -1,0 +1,276 @@
+"""Jobs for tests that kill: a small archive, the real command line as a process, what it left."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from jobs.manifest import Manifest
+from jobs.plan import Plan, read_plan
+from jobs.verify import verify_job
+from pipeline.layout import PNG_PREFIX, Generation
+from pipeline.sinks.parquet import read_rows
+from pipeline.storage import StorageOptions, Store, open_store
+from tests.media import encode_image, picture, write_video
+
+GENERATION = Generation(0)
+FRAME_SIZE = (192, 128)
+VARIANT = "mit:16,32,80,128:1,2,2,1"
+# One shard or so each: two clips with a keyframe every five frames, and stills.
+FRAMES_PER_SHARD = 4
+SETTINGS = ("geometry.short_side_px=64", f"shard.frames={FRAMES_PER_SHARD}")
+END_S = 240.0
+# How long Ray's daemons may live on after their driver was killed.
+FATE_S = 30.0
+POLL_S = 0.02
+_MARK = "SEGFORMER3D_TEST_RUN"
+
+Row = tuple[str, str, str | None, str | None, str | None]
+
+
+def make_archive(folder: Path, *, num_frames: int = 40, num_stills: int = 24) -> Path:
+    """Two clips of ``num_frames`` each, and stills."""
+    folder.mkdir(parents=True)
+    for index in range(2):
+        write_video(folder / f"clip-{index}.mp4", num_frames=num_frames, size=FRAME_SIZE, gop=5)
+    for index in range(num_stills):
+        still = folder / f"still-{index:03}.jpg"
+        still.write_bytes(encode_image(picture(*FRAME_SIZE, index), "JPEG"))
+    return folder
+
+
+def add_bad_inputs(folder: Path) -> dict[str, str]:
+    """Three files that cannot be read; the kind of error that each must end as, by path."""
+    whole = encode_image(picture(*FRAME_SIZE, 99), "JPEG")
+    (folder / "bad-cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "bad-empty.mp4").write_bytes(b"")
+    (folder / "bad-text.png").write_text("not a picture at all\n" * 50)
+    return {"bad-cut.jpg": "truncated", "bad-empty.mp4": "truncated", "bad-text.png": "corrupt"}
+
+
+def make_weights(path: Path) -> Path:
+    """The smallest network that has all parts."""
+    from segformer3d.weights import untrained_weights
+
+    path.write_bytes(untrained_weights(VARIANT))
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobUnderTest:
+    """A job of the real command line, and a look at its folder.
+
+    Attributes:
+        archive: URL or path of the input.
+        url: URL or path of the output.
+        weights: The weights file.
+        folder: A local place for what the processes print.
+        settings: What ``--set`` is given.
+        mark: What all processes of the job carry in their environment.
+    """
+
+    archive: str
+    url: str
+    weights: Path
+    folder: Path
+    settings: tuple[str, ...] = SETTINGS
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def store(self) -> Store:
+        """The job's folder, which need not exist yet."""
+        return open_store(self.url, create=True)
+
+    def run(self, *extra: str) -> "Driver":
+        """Start ``segformer3d run``."""
+        arguments = ["run", "--input", self.archive, "--output", self.url]
+        arguments += ["--weights", str(self.weights), "--json", *extra]
+        for setting in self.settings:
+            arguments += ["--set", setting]
+        return self.start(arguments)
+
+    def resume(self) -> "Driver":
+        """Start ``segformer3d resume``."""
+        return self.start(["resume", self.url, "--json"])
+
+    def start(self, arguments: Sequence[str]) -> "Driver":
+        """Start a driver as the leader of a process group, as a shell does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = uuid.uuid4().hex
+        out, err = self.folder / f"{name}.out", self.folder / f"{name}.err"
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith("RAY_")
+        }
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.cli", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=inherited | {_MARK: self.mark, "RAY_TMPDIR": str(ray_folder(self.folder))},
+                process_group=0,
+            )
+        return Driver(process=process, out=out, err=err)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of the job: drivers, Ray's daemons and workers, decoders."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(_MARK) == self.mark:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def wait_until_gone(self, timeout_s: float = FATE_S) -> float:
+        """Wait until no process of the job is left; says how many seconds it took."""
+        started = time.monotonic()
+        wait_for(lambda: not self.processes(), timeout_s, lambda: f"alive: {self.processes()}")
+        return time.monotonic() - started
+
+    @contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """Whatever happens within, end every process of the job, and only those."""
+        try:
+            yield
+        finally:
+            for process in self.processes():
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            shutil.rmtree(ray_folder(self.folder), ignore_errors=True)
+
+    def plan(self) -> Plan | None:
+        """The plan, once there is one."""
+        return read_plan(self.store, GENERATION)
+
+    def commits(self) -> dict[str, bytes]:
+        """Every commit record by its key."""
+        store = self.store
+        keys = sorted(item.key for item in store.list(GENERATION.commit_prefix))
+        return {key: store.read(key) for key in keys}
+
+    def num_commits(self) -> int:
+        """How many shards are decided."""
+        return sum(1 for _ in self.store.list(GENERATION.commit_prefix))
+
+    def exists(self, key: str) -> bool:
+        """Whether an object is there."""
+        return self.store.exists(key)
+
+    def rows(self) -> list[Row]:
+        """Every row that the manifest leads to, sorted."""
+        store, plan = self.store, self.plan()
+        assert plan is not None
+        manifest = Manifest.load(store, GENERATION, plan.plan_id, plan.num_shards)
+        found = []
+        for record in manifest.records():
+            for file in record.files:
+                data = store.read(f"{GENERATION.prefix}{file.path}")
+                found += [_row(item) for item in read_rows(data, _COLUMNS)]
+        return sorted(found)
+
+    def pngs(self) -> dict[str, str]:
+        """Digest of every picture of the PNG tree."""
+        store = self.store
+        keys = [item.key for item in store.list(PNG_PREFIX)]
+        return {key: _digest(data) for key, data in store.read_many(keys) if _is_data(data)}
+
+    def check_sound(self) -> None:
+        """As ``segformer3d verify`` sees it: sound, complete, and without orphans."""
+        findings = verify_job(self.url, StorageOptions())
+        assert findings.is_sound, findings.faults
+        assert findings.is_complete, findings.undecided
+        assert findings.orphans == []
+        assert findings.num_rows == findings.num_frames
+
+
+_COLUMNS = ["frame_id", "status", "error_kind", "class_ids", "depth"]
+
+
+def _row(item: dict) -> Row:
+    pictures = [item[name] and _digest(item[name]["bytes"]) for name in ("class_ids", "depth")]
+    return item["frame_id"], item["status"], item["error_kind"] or "", pictures[0], pictures[1]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_data(data: object) -> bool:
+    if isinstance(data, Exception):
+        raise data
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Driver:
+    """One run of the command line.
+
+    Attributes:
+        process: It.
+        out: What it prints.
+        err: What it says.
+    """
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.poll() is None
+
+    @property
+    def said(self) -> str:
+        """Its standard error so far."""
+        return self.err.read_text(errors="replace")
+
+    def end(self, timeout_s: float = END_S) -> int:
+        """Wait for its end; the exit code."""
+        return self.process.wait(timeout_s)
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal the process alone."""
+        self.process.send_signal(number)
+
+    def send_group(self, number: signal.Signals) -> None:
+        """Signal the whole process group, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+    def result(self) -> dict:
+        """What ``--json`` printed."""
+        return json.loads(self.out.read_text())
+
+
+def ray_folder(folder: Path) -> Path:
+    """Where Ray keeps its sockets, whose paths may not be long."""
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    path = Path(tempfile.gettempdir(), f"s3d-{name}")
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def wait_for(
+    happened: Callable[[], bool], timeout_s: float, story: Callable[[], str] = lambda: "too late"
+) -> None:
+    """Poll until something happened."""
+    give_up = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < give_up, story()
+        time.sleep(POLL_S)

@@ -1,0 +1,102 @@
+"""A job without Ray: planned for real, published for real, annotated with made-up class ids."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.plan import Plan, make_plan, open_output
+from jobs.record import JobRecord, claim_output
+from jobs.runner import make_record
+from jobs.spec import JobSpec, check_spec
+from pipeline.decode import DecodeLimits
+from pipeline.layout import Generation
+from pipeline.records import AnnotatedShard, FrameRecord, ShardReceipt, ShardSpec, shards_from_table
+from pipeline.stages import PublishShard, StageContext
+from pipeline.storage import StorageOptions, Store
+from segformer3d.weights import untrained_weights
+from tests.media import encode_cv2, picture
+from tests.shards import annotated_shard
+
+TINY = "mit:16,32,80,128:1,2,2,1"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned job that is published shard by shard."""
+
+    spec: JobSpec
+    store: Store
+    record: JobRecord
+    plan: Plan
+    shards: list[ShardSpec]
+
+    def publish(self, shard_ids: Iterable[int]) -> list[ShardReceipt]:
+        context = StageContext(
+            job_url=self.store.url,
+            job_storage=StorageOptions(),
+            archive_storage=StorageOptions(),
+            generation=0,
+            plan_id=self.plan.plan_id,
+            lease=1,
+            metadata={},
+            limits=DecodeLimits(),
+            write_png=self.spec.output.png,
+        )
+        stage = PublishShard(context)
+        return [stage.publish(self._annotated(self.shards[shard_id])) for shard_id in shard_ids]
+
+    def _annotated(self, shard: ShardSpec) -> AnnotatedShard:
+        frames = tuple(
+            FrameRecord(
+                asset=part.asset,
+                frame_index=index,
+                pts_s=None,
+                width=part.width,
+                height=part.height,
+                error_kind=part.error_kind,
+                error=part.error,
+            )
+            for part in shard.slices
+            for index in part.frame_index
+        )
+        good = sum(frame.error_kind is None for frame in frames)
+        made_up = annotated_shard(shard.shard_id, num_frames=good, bad=None)
+        return AnnotatedShard(
+            shard_id=shard.shard_id,
+            frames=frames,
+            class_ids=made_up.class_ids,
+            depth=made_up.depth,
+            statistics=made_up.statistics,
+        )
+
+
+def make_job(folder: Path, *, num_images: int = 10, frames: int = 2, bad: bool = True) -> Job:
+    """An archive of small JPEGs, one of them broken, claimed and planned."""
+    archive = folder / "archive"
+    archive.mkdir(parents=True)
+    for index in range(num_images):
+        data = encode_cv2(picture(seed=index), ".jpg")
+        (archive / f"{index:04d}.jpg").write_bytes(data)
+    if bad:
+        (archive / "broken.jpg").write_bytes(b"no image at all")
+    spec = check_spec(
+        {
+            "input": {"url": str(archive)},
+            "output": {"url": str(folder / "job"), "png": True},
+            "geometry": {"short_side_px": 64},
+            "shard": {"frames": frames},
+        },
+        "the job",
+    )
+    store = open_output(spec)
+    record = claim_output(store, make_record(spec, untrained_weights(TINY)), single_driver=False)
+    plan = make_plan(store, Generation(), spec)
+    shards = [
+        shard
+        for part in plan.parts
+        for shard in shards_from_table(pq.read_table(pa.BufferReader(store.read(part.key))))
+    ]
+    return Job(spec=spec, store=store, record=record, plan=plan, shards=shards)

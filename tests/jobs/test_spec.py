@@ -1,0 +1,134 @@
+"""Job files: strict, hashed where they decide the outputs, and every mistake is one line."""
+
+import json
+
+import pytest
+import yaml
+
+from jobs.schema import schema_path, schema_text
+from jobs.spec import JobSpec, check_spec, load_ray_section, load_spec
+from pipeline.errors import UserError
+
+MINIMAL = {"input": {"url": "/archive"}, "output": {"url": "/job"}}
+
+
+def spec(**sections):
+    return check_spec({**MINIMAL, **sections}, "the job")
+
+
+def test_defaults_need_only_input_and_output():
+    job = spec()
+    assert job.geometry.short_side_px == 512
+    assert job.sampling.every_nth == 1
+    assert job.output.class_ids_size == "input"
+
+
+def test_yaml_with_overrides_and_flags(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "shard": {"frames": 8}}))
+    job = load_spec(
+        str(path), ["shard.frames=9", "output.png=true"], {"input.url": "s3://b/x/", "a": None}
+    )
+    assert (job.shard.frames, job.output.png, job.input.url) == (9, True, "s3://b/x")
+
+
+def test_no_file_at_all():
+    job = load_spec(None, [], {"input.url": "/a", "output.url": "/b", "model.weights": None})
+    assert (job.input.url, job.output.url, job.model.weights) == ("/a", "/b", None)
+
+
+def test_local_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = load_spec(None, [], {"input.url": "a/../x", "output.url": "out", "model.weights": "w.st"})
+    assert job.input.url == str(tmp_path / "x")
+    assert job.output.url == str(tmp_path / "out")
+    assert job.model.weights == str(tmp_path / "w.st")
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"input": {"url": "/a"}}, r"missing key output \(or --output\)"),
+        ({**MINIMAL, "speed": 3}, "unknown key speed"),
+        ({**MINIMAL, "shard": {"frame": 3}}, r"unknown key shard\.frame"),
+        ({**MINIMAL, "shard": {"frames": 0}}, r"shard\.frames: .*greater.*got 0"),
+        ({**MINIMAL, "geometry": {"mode": "crop"}}, r"geometry\.mode: .*keep_aspect.*got 'crop'"),
+        ({**MINIMAL, "geometry": {"short_side_px": 500}}, "multiple of 32"),
+        (
+            {**MINIMAL, "sampling": {"every_nth": 2, "frames_per_second": 1.0}},
+            "exclude each other",
+        ),
+        ({**MINIMAL, "input": "/a"}, "input: "),
+        ([], "the job: "),
+        ({"input": {"url": ""}, "output": {"url": "/b"}}, r"input\.url"),
+    ],
+)
+def test_mistakes_are_named(fields, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        check_spec(fields, "the job")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "complaint"),
+    [
+        ("input: [", [], "not YAML"),
+        ("- a", [], "a job is a mapping"),
+        ("{}", ["shard.frames"], "write --set section.key=value"),
+        ("shard: 3", ["shard.frames=3"], "shard is not a section"),
+        ("{}", ["shard.frames=["], "not YAML"),
+    ],
+)
+def test_mistakes_around_the_file(tmp_path, text, overrides, complaint):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_spec(str(path), overrides, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_binary_file(tmp_path):
+    with pytest.raises(UserError, match="no such job file"):
+        load_spec(str(tmp_path / "none.yaml"), [], {})
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_spec(str(tmp_path / "binary"), [], {})
+
+
+def test_identity_holds_what_decides_the_outputs():
+    base = spec().identity()
+    assert spec(ray={"max_actors": 3}, model={"micro_batch": 2}).identity() == base
+    for section in (
+        {"sampling": {"every_nth": 2}},
+        {"geometry": {"short_side_px": 256}},
+        {"shard": {"frames": 8}},
+        {"limits": {"deadline_s": 5}},
+        {"output": {"url": "/job", "png": True}},
+        {"input": {"url": "/archive", "exclude": ["*.png"]}},
+    ):
+        assert spec(**section).identity() != base
+
+
+def test_only_ray_settings_of_an_existing_job_change():
+    assert load_ray_section(["ray.max_actors=2"]).max_actors == 2
+    with pytest.raises(UserError, match=r"only ray\.KEY"):
+        load_ray_section(["shard.frames=2"])
+    with pytest.raises(UserError, match="max_actors"):
+        load_ray_section(["ray.max_actors=-1"])
+
+
+def test_the_shipped_schema_is_current():
+    assert schema_path().read_text() == schema_text(), "run `make schema`"
+    assert json.loads(schema_text())["additionalProperties"] is False
+
+
+def test_specs_survive_their_own_dump():
+    job = spec(sampling={"frames_per_second": 2.0})
+    assert JobSpec.model_validate(job.model_dump(mode="json")) == job
+
+
+def test_the_shipped_templates_are_valid():
+    templates = sorted(schema_path().parent.glob("*.yaml"))
+    assert templates
+    for template in templates:
+        load_spec(str(template), [], {})
