@@ -142,6 +142,9 @@ class Planner:
     def _list(self) -> tuple[list[Asset], int]:
         excluded = [compile_glob(pattern) for pattern in self.spec.input.exclude]
         output = _folder_within(self.store.url, self.spec.output.url)
+        if output == "":
+            message = f"{self.spec.output.url}: this is the archive's folder; name another --output"
+            raise UserError(message)
 
         def wanted(key: str) -> bool:
             # An output inside the archive is not part of it.

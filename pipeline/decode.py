@@ -35,6 +35,7 @@ from pipeline.decode_messages import (
 from pipeline.errors import ERROR_KINDS, ErrorKind, JobError, UserError
 from pipeline.records import Asset, DecodedShard, FrameRecord, ShardSpec, Slice
 from pipeline.sources.assets import AssetProbe, DecodeLimits
+from pipeline.sources.capture import Capture
 from pipeline.storage import StorageOptions
 
 __all__ = ["DecodeLimits", "DecodeWorker", "decode_shard", "probe_asset", "probe_assets"]
@@ -317,6 +318,7 @@ class _ProbeLedger:
                 "pts": tuple(event[2]["pts"]),
                 "keyframe_pts": tuple(event[2]["keyframe_pts"]),
                 "time_base": Fraction(event[2]["time_base"]),
+                "capture": Capture(**event[2]["capture"]),
             }
             self._probes[entry] = AssetProbe(asset=self._assets[entry], **fields)
 
@@ -444,12 +446,19 @@ def _memory_file(size_bytes: int) -> Iterator[int]:
 
 def _records(part: Slice) -> Iterator[FrameRecord]:
     for place, frame_index in enumerate(part.frame_index):
+        pts_s = part.pts_s[place] if part.pts_s else None
+        captured_at_us = part.captured_at_us
+        if captured_at_us is not None and pts_s is not None:
+            captured_at_us += round(pts_s * 1e6)
         yield FrameRecord(
             asset=part.asset,
             frame_index=frame_index,
-            pts_s=part.pts_s[place] if part.pts_s else None,
+            pts_s=pts_s,
             width=part.width,
             height=part.height,
+            captured_at_us=captured_at_us,
+            latitude=part.latitude,
+            longitude=part.longitude,
         )
 
 

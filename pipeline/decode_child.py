@@ -305,6 +305,7 @@ def _probe_image(
         width=header.width,
         height=header.height,
         rotation_deg=header.orientation.rotation_deg,
+        capture=header.capture,
     )
 
 

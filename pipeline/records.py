@@ -56,6 +56,10 @@ class Slice:
         pts: Presentation time stamp of each frame in ticks of the stream; empty for an image.
         pts_s: The same in seconds; empty for an image.
         seek_pts: Ticks of the keyframe at or before the first frame; None for an image.
+        captured_at_us: When the asset says it was captured, microseconds since 1970 in UTC; of a
+            video, when its time stamps are zero.
+        latitude: Where, in degrees north, if it says so.
+        longitude: Likewise, in degrees east.
         error_kind: Set if the planner already knows that these frames cannot be read.
         error: The message that goes with it.
     """
@@ -70,6 +74,9 @@ class Slice:
     pts: tuple[int, ...] = ()
     pts_s: tuple[float, ...] = ()
     seek_pts: int | None = None
+    captured_at_us: int | None = None
+    latitude: float | None = None
+    longitude: float | None = None
     error_kind: ErrorKind | None = None
     error: str | None = None
 
@@ -108,6 +115,9 @@ class FrameRecord:
         pts_s: Presentation time in seconds; None for an image.
         width: The asset's width in pixels after orientation.
         height: The asset's height in pixels after orientation.
+        captured_at_us: When the frame was captured, microseconds since 1970 in UTC, if known.
+        latitude: Where, in degrees north, if known.
+        longitude: Likewise, in degrees east.
         error_kind: None while the frame is good.
         error: The message that goes with it.
     """
@@ -117,6 +127,9 @@ class FrameRecord:
     pts_s: float | None
     width: int
     height: int
+    captured_at_us: int | None = None
+    latitude: float | None = None
+    longitude: float | None = None
     error_kind: ErrorKind | None = None
     error: str | None = None
 
@@ -340,6 +353,9 @@ _SLICE = pa.struct(
         pa.field("pts", pa.list_(pa.int64()), nullable=False),
         pa.field("pts_s", pa.list_(pa.float64()), nullable=False),
         pa.field("seek_pts", pa.int64()),
+        pa.field("captured_at_us", pa.int64()),
+        pa.field("latitude", pa.float64()),
+        pa.field("longitude", pa.float64()),
         pa.field("error_kind", pa.string()),
         pa.field("error", pa.string()),
     ]

@@ -104,6 +104,9 @@ def _identity(frame: FrameRecord) -> dict[str, Any]:
         "status": "ok" if frame.error_kind is None else "error",
         "error_kind": frame.error_kind,
         "error": frame.error,
+        "captured_at": frame.captured_at_us,
+        "latitude": frame.latitude,
+        "longitude": frame.longitude,
     }
 
 

@@ -1,10 +1,11 @@
 """What the sources share: the limits of reading, and what a probe learns about one asset."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from pipeline.errors import ErrorKind, InputError
 from pipeline.records import Asset
+from pipeline.sources.capture import Capture
 
 MIB_BYTES = 1 << 20
 
@@ -39,6 +40,7 @@ class AssetProbe:
         time_base: Seconds per tick.
         rotation_deg: Counterclockwise turn that the orientation applies.
         duration_s: Length of a video; 0 for an image.
+        capture: When and where, as far as the asset says.
         promised_frames: Number of frames that the container claims, where it does.
         num_missing: Frames that are promised or evident but cannot be demuxed.
         missing_kind: Their kind of error.
@@ -55,6 +57,7 @@ class AssetProbe:
     time_base: Fraction = Fraction(1)
     rotation_deg: int = 0
     duration_s: float = 0.0
+    capture: Capture = field(default_factory=Capture)
     promised_frames: int | None = None
     num_missing: int = 0
     missing_kind: ErrorKind | None = None

@@ -18,11 +18,12 @@ from typing import Any, cast
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
 from pipeline.sources.assets import DecodeLimits, check_pixels
+from pipeline.sources.capture import Capture, capture_of_image
 
 HEAD_BYTES = 64 * 1024
 
@@ -65,12 +66,14 @@ class ImageHeader:
         width: Width in pixels after orientation.
         height: Height, likewise.
         orientation: What is still to be done once cv2 has decoded the pixels.
+        capture: When and where, as far as EXIF says.
     """
 
     format: str
     width: int
     height: int
     orientation: Orientation
+    capture: Capture
 
 
 def read_header(data: bytes) -> ImageHeader | None:
@@ -78,13 +81,15 @@ def read_header(data: bytes) -> ImageHeader | None:
     try:
         with _no_warnings(), Image.open(BytesIO(data), formats=_PILLOW_FORMATS) as image:
             name = image.format or ""
-            orientation = Orientation()
+            orientation, capture = Orientation(), Capture()
             if name in _EXIF_FORMATS:
-                orientation = _exif_orientation(image.info.get("exif"))
+                orientation, capture = _read_exif(image.info.get("exif"))
             width, height = orientation.size(*image.size)
     except _PARSE_ERRORS:
         return None
-    return ImageHeader(format=name, width=width, height=height, orientation=orientation)
+    return ImageHeader(
+        format=name, width=width, height=height, orientation=orientation, capture=capture
+    )
 
 
 def decode_image(data: bytes, limits: DecodeLimits) -> UInt8Array:
@@ -112,16 +117,22 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def _exif_orientation(block: object) -> Orientation:
+def _read_exif(block: object) -> tuple[Orientation, Capture]:
     if not isinstance(block, bytes):
-        return Orientation()
+        return Orientation(), Capture()
     exif = Image.Exif()
     try:
         with _no_warnings():
             exif.load(block)
-        return Orientation.from_exif(exif.get(_ORIENTATION_TAG))
+            orientation = Orientation.from_exif(exif.get(_ORIENTATION_TAG))
     except _PARSE_ERRORS:
-        return Orientation()
+        return Orientation(), Capture()
+    try:
+        with _no_warnings():
+            details, gps = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.GPSInfo)
+            return orientation, capture_of_image(details, gps)
+    except _PARSE_ERRORS:
+        return orientation, Capture()
 
 
 def _imdecode(data: bytes) -> UInt8Array | None:

@@ -171,6 +171,9 @@ def _slice(
         pts=pts,
         pts_s=pts_s,
         seek_pts=seek_pts,
+        captured_at_us=probe.capture.captured_at_us,
+        latitude=probe.capture.latitude,
+        longitude=probe.capture.longitude,
         error_kind=error_kind,
         error=error,
     )

@@ -31,6 +31,7 @@ from pipeline.errors import ErrorKind, InputError
 from pipeline.geometry import Orientation, UInt8Array
 from pipeline.records import Asset
 from pipeline.sources.assets import AssetProbe, DecodeLimits, check_pixels
+from pipeline.sources.capture import capture_of_container
 
 if TYPE_CHECKING:
     from av.packet import Packet  # generic in its stubs only
@@ -94,6 +95,7 @@ def probe_video(
         promised = _promised_frames(container, stream)
         container_s = (container.duration or 0) / av.time_base
         coded = stream.codec_context.width, stream.codec_context.height
+        capture = capture_of_container(container.metadata)
     if not timeline.ticks and not promised:
         kind: ErrorKind = "corrupt" if timeline.failure else "truncated"
         raise InputError(kind, timeline.failure or "the video holds no frames")
@@ -111,6 +113,7 @@ def probe_video(
         time_base=time_base,
         rotation_deg=orientation.rotation_deg,
         duration_s=_duration_s(timeline.ticks, time_base),
+        capture=capture,
         promised_frames=promised,
         num_missing=num_missing,
         missing_kind=missing_kind,

@@ -1,5 +1,6 @@
 """Jobs for tests that kill: a small archive, the real command line as a process, what it left."""
 
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from jobs.lease import heartbeats
 from jobs.manifest import Manifest
 from jobs.plan import Plan, read_plan
 from jobs.verify import verify_job
@@ -88,9 +90,9 @@ class JobUnderTest:
     settings: tuple[str, ...] = SETTINGS
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    @property
+    @functools.cached_property
     def store(self) -> Store:
-        """The job's folder, which need not exist yet."""
+        """The job's folder, made if need be."""
         return open_store(self.url, create=True)
 
     def run(self, *extra: str) -> "Driver":
@@ -171,6 +173,20 @@ class JobUnderTest:
     def exists(self, key: str) -> bool:
         """Whether an object is there."""
         return self.store.exists(key)
+
+    def is_beating(self, pid: int) -> bool:
+        """Whether the driver with this process id has given a sign of life."""
+        return any(heartbeat.pid == pid for heartbeat in heartbeats(self.store))
+
+    def unfinished_files(self) -> list[str]:
+        """Files of a local job that no store would list: writes that were cut off."""
+        if "://" in self.url:
+            return []
+        return [
+            str(path.relative_to(self.url))
+            for path in Path(self.url).rglob(".*")
+            if not path.is_dir()
+        ]
 
     def rows(self) -> list[Row]:
         """Every row that the manifest leads to, sorted."""

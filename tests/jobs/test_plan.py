@@ -134,6 +134,11 @@ def test_an_archive_without_assets(tmp_path):
         Planner(job(tmp_path / "none", tmp_path))
 
 
+def test_the_archive_itself_is_no_output(archive, tmp_path):
+    with pytest.raises(UserError, match="this is the archive's folder"):
+        Planner(job(archive, tmp_path, output={"url": str(archive)}))
+
+
 def test_an_extreme_panorama_becomes_a_row(tmp_path):
     write_jpeg(tmp_path / "a" / "wide.png", (1000, 10))
     shards, plan = planned(job(tmp_path / "a", tmp_path))

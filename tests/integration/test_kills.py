@@ -1,0 +1,257 @@
+"""Drivers killed with SIGKILL at random moments and resumed: the result must not show it."""
+
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import pytest
+
+from tests.integration.jobs_under_test import (
+    END_S,
+    GENERATION,
+    POLL_S,
+    SETTINGS,
+    Driver,
+    JobUnderTest,
+    Row,
+    add_bad_inputs,
+    make_archive,
+    make_weights,
+)
+
+pytestmark = pytest.mark.ray
+
+EXIT_QUARANTINED = 3
+SEED = 20261122
+
+Phase = Literal["starting", "planning", "connecting", "annotating", "finishing"]
+# Once all shards are decided there is nothing left to annotate, so that comes last.
+FEW: tuple[Phase, ...] = ("planning", "annotating", "finishing")
+MANY: tuple[Phase, ...] = (
+    *("starting", "planning", "planning", "connecting", "connecting"),
+    *("annotating",) * 11,
+    *("finishing",) * 4,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """An archive, and what an undisturbed run makes of it.
+
+    Attributes:
+        archive: The archive.
+        weights: The weights.
+        rows: What the job's rows say.
+        pngs: Digests of its PNG tree.
+        num_shards: Shards of its plan.
+    """
+
+    archive: Path
+    weights: Path
+    rows: list[Row]
+    pngs: dict[str, str]
+    num_shards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """When and how one driver dies.
+
+    Attributes:
+        phase: What it shall be doing.
+        share: In ``annotating``, the share of its shards that it may decide before.
+        delay_s: From the sign that the phase has come.
+        whole_group: Whether Ray's daemons are killed with it.
+    """
+
+    phase: Phase
+    share: float
+    delay_s: float
+    whole_group: bool
+
+
+def make_reference(folder: Path, *, num_frames: int, num_stills: int) -> Reference:
+    archive = make_archive(folder / "archive", num_frames=num_frames, num_stills=num_stills)
+    add_bad_inputs(archive)
+    weights = make_weights(folder / "weights.safetensors")
+    job = job_of(archive, weights, str(folder / "undisturbed"), folder / "said")
+    with job.nothing_left():
+        driver = job.run()
+        assert driver.end() == EXIT_QUARANTINED, driver.said
+        job.check_sound()
+        plan = job.plan()
+        assert plan is not None
+        assert driver.result()["num_computed"] == plan.num_shards
+        return Reference(
+            archive=archive,
+            weights=weights,
+            rows=job.rows(),
+            pngs=job.pngs(),
+            num_shards=plan.num_shards,
+        )
+
+
+def job_of(archive: Path, weights: Path, url: str, said: Path) -> JobUnderTest:
+    return JobUnderTest(
+        archive=str(archive),
+        url=url,
+        weights=weights,
+        folder=said,
+        settings=(*SETTINGS, "output.png=true"),
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference(tmp_path_factory.mktemp("small"), num_frames=30, num_stills=16)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference(tmp_path_factory.mktemp("large"), num_frames=80, num_stills=96)
+
+
+def test_undisturbed_reference_is_whole(small: Reference) -> None:
+    frame_ids = [row[0] for row in small.rows]
+    assert len(set(frame_ids)) == len(frame_ids) == 2 * 30 + 16 + 3
+    assert sum(row[1] == "ok" for row in small.rows) == 2 * 30 + 16
+    assert len(small.pngs) == 3 * (2 * 30 + 16)
+
+
+def test_three_kills_on_a_folder(small: Reference, tmp_path: Path) -> None:
+    url = str(tmp_path / "out")
+    survive(small, url, tmp_path / "said", FEW, random.Random(SEED))
+
+
+def test_three_kills_on_s3(small: Reference, s3_bucket_url: str, tmp_path: Path) -> None:
+    survive(small, s3_bucket_url, tmp_path / "said", FEW, random.Random(SEED + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_on_a_folder(large: Reference, tmp_path: Path) -> None:
+    url = str(tmp_path / "out")
+    survive(large, url, tmp_path / "said", MANY, random.Random(SEED + 2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_on_s3(large: Reference, s3_server: str, tmp_path: Path) -> None:
+    url = f"s3://out/{uuid4().hex}"
+    survive(large, url, tmp_path / "said", MANY, random.Random(SEED + 3))
+
+
+def survive(
+    reference: Reference, url: str, said: Path, phases: tuple[Phase, ...], rng: random.Random
+) -> None:
+    """Kill a job's drivers in these phases, resume it each time, and compare the end."""
+    job = job_of(reference.archive, reference.weights, url, said)
+    with job.nothing_left():
+        for number, kill in enumerate(plan_kills(phases, rng)):
+            kept = job.commits()
+            driver = start_again(job, rng)
+            wait_for_moment(job, driver, kill, len(kept), reference.num_shards)
+            assert driver.is_alive, f"kill {number} ({kill.phase}) came too late: {driver.said}"
+            (driver.send_group if kill.whole_group else driver.send)(signal.SIGKILL)
+            assert driver.end() == -signal.SIGKILL
+            gone_s = job.wait_until_gone()
+            landed = landed_in(job, len(kept), reference.num_shards)
+            report(number, kill, landed, len(kept), job.num_commits(), gone_s)
+            assert not driver.said.count("Traceback"), driver.said
+            assert landed == kill.phase
+            assert_kept(job, kept)
+        kept = job.commits()
+        driver = start_again(job, rng)
+        assert driver.end() == EXIT_QUARANTINED, driver.said
+        assert_kept(job, kept)
+        assert driver.result()["num_computed"] == reference.num_shards - len(kept)
+        job.wait_until_gone()
+        job.check_sound()
+        assert job.rows() == reference.rows
+        assert job.pngs() == reference.pngs
+        assert job.exists(GENERATION.success_key)
+        assert job.unfinished_files() == []
+
+
+def plan_kills(phases: tuple[Phase, ...], rng: random.Random) -> list[Kill]:
+    longest_delay_s = {
+        "starting": 1.5,
+        "planning": 0.2,
+        "connecting": 8.0,
+        "annotating": 0.2,
+        "finishing": 0.6,
+    }
+    left = phases.count("annotating")
+    kills = []
+    for phase in phases:
+        kill = Kill(
+            phase=phase,
+            # So much that there is still something to do for those who come after.
+            share=rng.uniform(0.2, 1.2) / (left + 1) if phase == "annotating" else 0,
+            delay_s=rng.uniform(0, longest_delay_s[phase]),
+            whole_group=rng.random() < 0.3,
+        )
+        left -= phase == "annotating"
+        kills.append(kill)
+    return kills
+
+
+def start_again(job: JobUnderTest, rng: random.Random) -> Driver:
+    """By ``run`` with the same settings, or by ``resume``, which needs no more than the URI."""
+    return job.resume() if job.exists("job.json") and rng.random() < 0.5 else job.run()
+
+
+def wait_for_moment(
+    job: JobUnderTest, driver: Driver, kill: Kill, num_before: int, num_shards: int
+) -> None:
+    """Wait for the sign that the phase has come, and then for the delay."""
+    enough = num_before + max(1, round(kill.share * (num_shards - num_before)))
+    give_up = time.monotonic() + END_S
+    while driver.is_alive and not _has_come(job, driver, kill.phase, enough, num_shards):
+        assert time.monotonic() < give_up, driver.said
+        time.sleep(POLL_S)
+    time.sleep(kill.delay_s)
+
+
+def _has_come(
+    job: JobUnderTest, driver: Driver, phase: Phase, enough: int, num_shards: int
+) -> bool:
+    if phase == "starting":
+        return True
+    if phase == "planning":
+        return job.exists("job.json")
+    if phase == "connecting":
+        return job.is_beating(driver.process.pid) and job.plan() is not None
+    return job.num_commits() >= (num_shards if phase == "finishing" else enough)
+
+
+def landed_in(job: JobUnderTest, num_before: int, num_shards: int) -> Phase:
+    """What the killed driver was doing, by what it left."""
+    if not job.exists("job.json"):
+        return "starting"
+    if job.plan() is None:
+        return "planning"
+    num_now = job.num_commits()
+    if num_now == num_shards:
+        return "finishing"
+    return "connecting" if num_now == num_before else "annotating"
+
+
+def assert_kept(job: JobUnderTest, kept: dict[str, bytes]) -> None:
+    """What was committed stands byte for byte, so nobody decided it again."""
+    now = job.commits()
+    assert {key: now.get(key) for key in kept} == kept
+
+
+def report(
+    number: int, kill: Kill, landed: Phase, num_before: int, num_now: int, gone_s: float
+) -> None:
+    what = "the group" if kill.whole_group else "the driver"
+    print(
+        f"kill {number + 1}: {what} while {landed}, {num_before} -> {num_now} shards, "
+        f"all processes gone after {gone_s:.1f} s"
+    )
