@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import secrets
+import tempfile
 import threading
 import time
 import warnings
@@ -19,10 +21,14 @@ from pipeline.errors import JobError, UserError
 # the memory of a run.
 _OBJECT_STORE_BYTES = 1 << 30
 _GRACE_S = 3.0
+_ANSWER_S = 5.0
+_RAYLET_S = 10.0
 _EXIT_INTERRUPTED = 130
 _AUTH_HELP = (
     "set RAY_AUTH_MODE=token on every node and here (`ray get-auth-token --generate` makes a token)"
 )
+OPEN_CLUSTER = f"that cluster lets anyone in and runs anybody's code: {_AUTH_HELP}"
+AUTH_SOURCES = "from RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,36 @@ class Cluster:
     embedded: bool
 
 
-def require_token_mode() -> None:
-    """Refuse to talk to a cluster that lets anyone run code.
+def check_cluster() -> None:
+    """Refuse a bad RAY_ADDRESS before any work is done; without one there is nothing to check.
 
     Raises:
-        UserError: Unless token authentication is on.
+        UserError: If no cluster answers there, if it is open to anyone, or refuses our token.
+    """
+    named = _named_cluster()
+    if named is not None:
+        require_token()
+        _find_cluster(named)
+
+
+def require_token() -> None:
+    """Refuse to talk to a cluster without authentication, which lets anyone run code.
+
+    Raises:
+        UserError: Unless token authentication is on and there is a token.
     """
     if os.environ.get("RAY_AUTH_MODE") != "token":
         message = f"Ray without authentication runs anybody's code: {_AUTH_HELP}"
         raise UserError(message)
+    _import_ray()
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ensure_token_if_auth_enabled(None, create_token_if_missing=False)
+    except (AuthenticationError, RuntimeError) as error:
+        message = f"RAY_AUTH_MODE=token, but {_first_line(error)}"
+        raise UserError(message) from None
 
 
 @contextlib.contextmanager
@@ -56,30 +83,35 @@ def connect(settings: RaySection) -> Iterator[Cluster]:
     """Join the cluster that RAY_ADDRESS names, or start an embedded one; leave it at the end.
 
     Raises:
-        UserError: If the cluster is open to anyone, or refuses the token.
-        JobError: If it cannot be reached.
+        UserError: If the cluster is not there, is open to anyone, or refuses the token.
+        JobError: If it cannot be joined.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    named = _named_cluster()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's core says at error level that actors with arguments restart badly when their driver
     # dies; ours do not outlive it. That it was told to be quiet it says too: see _quietly.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if address and address != "local":
-        require_token_mode()
+    if named is not None:
+        require_token()
     ray = _import_ray()
     try:
-        if address and address != "local":
-            _join(address)
+        if named is not None:
+            _join(_find_cluster(named))
         else:
             _embed(settings)
         resources = ray.cluster_resources()
         yield Cluster(
             num_cpus=resources.get("CPU", 1.0),
             num_gpus=resources.get("GPU", 0.0),
-            embedded=not address or address == "local",
+            embedded=named is None,
         )
     finally:
         ray.shutdown()
+
+
+def _named_cluster() -> str | None:
+    named = os.environ.get("RAY_ADDRESS")
+    return None if named in {None, "", "local"} else named
 
 
 def _import_ray() -> ModuleType:
@@ -92,25 +124,95 @@ def _import_ray() -> ModuleType:
     return cast("ModuleType", ray)
 
 
+def _find_cluster(named: str) -> str:
+    """Where the cluster ``named`` answers, once it is sure that it answers us and not anyone.
+
+    Ray itself gives up on a wrong token after 20 s and on a dead address after two minutes.
+    """
+    from ray._private import services
+
+    where = f"RAY_ADDRESS={named}"
+    if "://" in named:
+        message = f"{where}: name HOST:PORT of the cluster's head and start on one of its nodes"
+        raise UserError(message)
+    try:
+        with _literal_loopback():
+            address = cast("str", services.canonicalize_bootstrap_address(named))
+    except (ValueError, ConnectionError) as error:
+        message = f"{where}: {_first_line(error)}"
+        raise UserError(message) from None
+    if not _uses_tls() and _answer(address, with_token=False) == "OK":
+        message = f"{where}: {OPEN_CLUSTER}"
+        raise UserError(message)
+    answer = _answer(address, with_token=True)
+    if answer == "UNAUTHENTICATED":
+        message = f"{where}: the cluster refuses our token ({AUTH_SOURCES})"
+        raise UserError(message)
+    if answer != "OK":
+        message = f"{where}: no Ray cluster answers there ({answer.lower()})"
+        raise UserError(message)
+    return address
+
+
+def _answer(address: str, *, with_token: bool) -> str:
+    """What a cluster's head says to the simplest question: the name of a gRPC status."""
+    import grpc  # type: ignore[import-untyped]
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    options = [("grpc.enable_http_proxy", 0)]
+    if with_token:
+        channel = init_grpc_channel(address, options)
+    else:
+        channel = grpc.insecure_channel(address, options)
+    with channel:
+        head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            head.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=_ANSWER_S)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def _uses_tls() -> bool:
+    """Ray's TLS demands a certificate of both sides, so such a cluster is not open."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}
+
+
 def _join(address: str) -> None:
     import ray
 
+    _await_raylet(address)
     try:
-        with _quietly():
+        with _quietly(), _literal_loopback():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        message = f"RAY_ADDRESS={address}: no Ray cluster answers there: {_first_line(error)}"
-        raise UserError(message) from None
-    except RuntimeError as error:
-        message = f"RAY_ADDRESS={address}: {_first_line(error)}"
+    except (ConnectionError, RuntimeError) as error:
+        message = f"the Ray cluster at {address}: {_first_line(error.__cause__ or error)}"
         raise JobError(message) from None
+
+
+def _await_raylet(address: str) -> None:
+    """A driver works through a node on its own machine."""
+    from ray._private import services
+
+    deadline = time.monotonic() + _RAYLET_S
+    while not services.find_node_ids():
+        if time.monotonic() > deadline:
+            message = (
+                f"this machine is not a node of the Ray cluster at {address}: run on one of its "
+                "nodes, or hand the job over with `segformer3d submit`"
+            )
+            raise UserError(message)
+        time.sleep(0.2)
 
 
 def _embed(settings: RaySection) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _quietly():
+    _make_token()
+    # Loopback only: nobody else's business.
+    with _quietly(), _literal_loopback():
         ray.init(
             address="local",
             num_cpus=settings.num_cpus,
@@ -118,11 +220,26 @@ def _embed(settings: RaySection) -> None:
             object_store_memory=settings.object_store_bytes or _OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            # Loopback only: nobody else's business.
             _node_ip_address="127.0.0.1",
         )
-    _protect_token()
     threading.Thread(target=_watch_daemons, name="ray-watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _literal_loopback() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 at its word.
+
+    It reads it as this machine's outward address, and what it starts then listens on all of them;
+    a cluster that listens on loopback alone it would not find.
+    """
+    from ray._private import ray_constants
+
+    kept = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
 
 
 def _watch_daemons() -> None:
@@ -157,12 +274,24 @@ def _quietly() -> Iterator[None]:
         os.close(kept)
 
 
-def _protect_token() -> None:
-    """Ray 2.60 writes its token readable by everyone."""
+def _make_token() -> None:
+    """Make the embedded Ray's token before Ray does, which would let everyone read it."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
     token = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
-        if token.exists():
-            token.chmod(0o600)
+    try:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=token.parent) as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            with contextlib.suppress(FileExistsError):
+                token.hardlink_to(file.name)
+        token.chmod(0o600)
+    except OSError:
+        # No home to write to: the environment of this process and its children does as well.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import fsspec
 import numpy as np
 
-from jobs.cluster import connect
+from jobs.cluster import check_cluster, connect
 from jobs.lease import DriverState, Pulse, heartbeats, is_cancelled, mark_cancelled, take_lease
 from jobs.manifest import Manifest
 from jobs.plan import Plan, check_archive, make_plan, open_output, read_plan
@@ -82,6 +82,7 @@ def run_job(spec: JobSpec) -> RunResult:
         JobError: If the run had to stop; it can be resumed.
         StorageError: Likewise, because of a store.
     """
+    check_cluster()
     return drive(claim_job(spec))
 
 
@@ -100,6 +101,7 @@ def resume_job(
         ray: What to take of this machine or cluster instead.
         lease: A lease that was taken for this run already.
     """
+    check_cluster()
     return drive(reopen_job(url, storage, ray), lease)
 
 
