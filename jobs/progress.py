@@ -1,6 +1,7 @@
 """Progress where a person looks: a bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Never, Self, TypeVar
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 _LINE_EVERY_S = 10.0
 _QUIET_FIRST_S = 2.0
+_TICK_S = 0.5
 
 T = TypeVar("T")
 
@@ -31,6 +33,8 @@ class Progress:
         self.notes: dict[str, object] = {}
         self._started = time.monotonic()
         self._said = self._started - _LINE_EVERY_S + _QUIET_FIRST_S
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._bar: tqdm[Never] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -38,9 +42,12 @@ class Progress:
             )
 
     def __enter__(self) -> Self:
+        self._ticker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._ticker.join()
         if self._bar is not None:
             self._bar.close()
         elif time.monotonic() - self._started > _QUIET_FIRST_S:
@@ -58,9 +65,14 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(self.notes, refresh=False)
             self._bar.update(count)
-            return
-        if time.monotonic() - self._said >= _LINE_EVERY_S:
-            self._line()
+
+    def _tick(self) -> None:
+        """Show life between two counts: a shard may take a minute."""
+        while not self._over.wait(_TICK_S):
+            if self._bar is not None:
+                self._bar.refresh()
+            elif time.monotonic() - self._said >= _LINE_EVERY_S:
+                self._line()
 
     def _line(self) -> None:
         self._said = time.monotonic()

@@ -281,6 +281,7 @@ class _Driver:
     ) -> Manifest:
         from pipeline.graph import WeightsFile, choose_resources, run_graph, run_png_graph
 
+        say("Starting Ray and the models; the first shard comes after about half a minute.")
         with connect(self.job.spec.ray) as cluster:
             # Ray takes the signals over when it starts.
             if threading.current_thread() is threading.main_thread():
