@@ -119,8 +119,9 @@ def _import_ray() -> ModuleType:
         warnings.simplefilter("ignore")
         import ray
         import ray.data
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What stops a run is raised as well; Ray would print its traceback besides.
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return cast("ModuleType", ray)
 
 
@@ -185,7 +186,7 @@ def _join(address: str) -> None:
     _await_raylet(address)
     try:
         with _quietly(), _literal_loopback():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError) as error:
         message = f"the Ray cluster at {address}: {_first_line(error.__cause__ or error)}"
         raise JobError(message) from None
@@ -219,7 +220,7 @@ def _embed(settings: RaySection) -> None:
             include_dashboard=False,
             object_store_memory=settings.object_store_bytes or _OBJECT_STORE_BYTES,
             log_to_driver=False,
-            logging_level=logging.ERROR,
+            logging_level=logging.CRITICAL,
             _node_ip_address="127.0.0.1",
         )
     threading.Thread(target=_watch_daemons, name="ray-watch", daemon=True).start()

@@ -5,6 +5,7 @@ Every step can be repeated: a driver that dies anywhere leaves what the next one
 
 import contextlib
 import hashlib
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from jobs.progress import Progress, say
 from jobs.record import JobRecord, claim_output, read_job
 from jobs.spec import JobSpec, RaySection
 from pipeline.errors import JobError, UserError
-from pipeline.layout import Generation, attempt_of, shard_of
+from pipeline.layout import SHARDS_PER_RANGE, Generation, attempt_of, shard_of
 from pipeline.records import CommitRecord, ShardReceipt, canonical_json
 from pipeline.storage import StorageOptions, Store, open_store
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from pipeline.stages import StageContext
 
 Outcome = Literal["done", "quarantined", "interrupted"]
+
+# The line of a traceback that names what was raised, by anybody but Ray.
+_RAISED = re.compile(r"(?!ray\.)[\w.]+(?:Error|Exception): (.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,7 @@ def claim_job(spec: JobSpec) -> OpenJob:
     held = claim_output(store, record, single_driver=spec.output.single_driver)
     if store.head(held.weights_key) is None:
         store.put(held.weights_key, weights)
+    _check_weights(store, held, spec)
     return OpenJob(store=store, record=held, spec=spec)
 
 
@@ -129,18 +134,20 @@ def reopen_job(url: str, storage: StorageOptions, ray: RaySection | None = None)
     spec = record.job_spec()
     if ray is not None:
         spec = spec.model_copy(update={"ray": ray})
-    if store.head(record.weights_key) is None:
-        _restore_weights(store, record, spec)
+    _check_weights(store, record, spec)
     return OpenJob(store=store, record=record, spec=spec)
 
 
-def _restore_weights(store: Store, record: JobRecord, spec: JobSpec) -> None:
-    """The driver died between claiming the output and leaving the weights there."""
-    weights = load_weights(spec)
+def _check_weights(store: Store, record: JobRecord, spec: JobSpec) -> None:
+    """See that the job holds its weights; a driver may have died before it left them there."""
+    there = store.head(record.weights_key) is not None
+    weights = store.read(record.weights_key) if there else load_weights(spec)
     if hashlib.sha256(weights).hexdigest() != record.weights_sha256:
-        message = f"{store.url}: the weights are not those that the job was made with"
+        place = record.weights_key if there else spec.model.weights
+        message = f"{store.url}: {place} is not the weights file that the job was made with"
         raise JobError(message)
-    store.put(record.weights_key, weights)
+    if not there:
+        store.put(record.weights_key, weights)
 
 
 def load_weights(spec: JobSpec) -> bytes:
@@ -222,7 +229,8 @@ class _Driver:
         if plan is None:
             plan = make_plan(self.store, self.generation, self.job.spec)
         self.plan = plan
-        manifest = self._manifest(plan)
+        # Sealing first: whatever is read of the records from now on is read once.
+        manifest = self._manifest(plan).seal()
         self.num_done = manifest.num_done
         missing_pngs: tuple[tuple[int, str], ...] = ()
         if manifest.is_complete:
@@ -260,7 +268,8 @@ class _Driver:
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._interrupts += 1
-        if self._interrupts > 1:
+        # While planning there is nothing to drain.
+        if self._interrupts > 1 or self.state == "planning":
             raise KeyboardInterrupt
         say("Stopping: the shards in the model are finished first; once more stops at once.")
         threading.Thread(target=mark_cancelled, args=(self.store, self.lease)).start()
@@ -311,6 +320,8 @@ class _Driver:
         with Progress("annotating", plan.num_frames, done=done) as self.bar:
             for receipt in _guarded(receipts, self.store.url):
                 self.num_done += 1
+                if self.num_done % SHARDS_PER_RANGE == 0:
+                    self._manifest(plan).seal()
                 self.num_computed += receipt.won
                 num_bad += receipt.num_rows - receipt.num_ok
                 notes = {"bad": num_bad} if num_bad else {}
@@ -462,12 +473,18 @@ def _guarded(receipts: Iterator[ShardReceipt], url: str) -> Iterator[ShardReceip
     try:
         yield from receipts
     except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = (
-            f"the run stopped: {lines[-1] if lines else type(error).__name__}; what is committed "
-            f"stays, go on with `segformer3d resume {url}`"
+            f"the run stopped: {_reason(error)}; what is committed stays, "
+            f"go on with `segformer3d resume {url}`"
         )
         raise JobError(message) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a task raised, out of the traceback that Ray gives as text around advice of its own."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    raised = [match[1] for line in lines if (match := _RAISED.match(line))]
+    return (raised or lines or [type(error).__name__])[-1].strip()
 
 
 def _version() -> str:

@@ -1,12 +1,16 @@
 """Hand a job to a cluster's Ray Jobs server; the job's URI is its output's."""
 
+import json
 import os
 import shlex
 import sys
-import urllib.error
-import urllib.request
+import uuid
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPException
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from jobs.cluster import AUTH_SOURCES, OPEN_CLUSTER, require_token
 from jobs.lease import Heartbeat, beat, take_lease
@@ -16,6 +20,7 @@ from pipeline.errors import JobError, UserError
 from pipeline.storage.opening import resolve_options
 
 _ANSWER_S = 10.0
+_SUBMIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,59 +53,91 @@ def submit_job(spec: JobSpec, address: str) -> Submission:
         JobError: If it does not take the job.
     """
     require_token()
-    client = _client(address)
+    server = _JobsServer(address)
+    server.check()
     job = claim_job(_with_endpoints(spec))
     lease = take_lease(job.store, "submitted")
     command = [sys.executable if _is_local(address) else "python", "-m", "jobs.cli", "resume"]
     command += [job.store.url, "--lease", str(lease)]
+    submission_id = f"segformer3d-{uuid.uuid4().hex}"
     try:
-        submission_id = client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"env_vars": _environment(job.spec)},
-            metadata={"segformer3d_url": job.store.url},
+        server.submit(
+            {
+                "entrypoint": shlex.join(command),
+                "submission_id": submission_id,
+                "runtime_env": {"env_vars": _environment(job.spec)},
+                "metadata": {"segformer3d_url": job.store.url},
+            }
         )
-    except (RuntimeError, OSError) as error:
+    except OSError as error:
         beat(job.store, Heartbeat.now(lease, "ended"))
-        message = f"{address} did not take the job: {_line(error)}"
+        message = f"{address} did not take the job: {_reason(error)}"
         raise JobError(message) from None
     return Submission(url=job.store.url, submission_id=submission_id, address=address)
 
 
-def _client(address: str) -> Any:
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
+class _JobsServer:
+    """Ray's REST interface for jobs.
 
-    if not address.startswith(("http://", "https://")):
-        message = f"--address {address}: write http://HOST:8265, the cluster's dashboard"
-        raise UserError(message)
-    _refuse_open_server(address)
-    # Ray lets this variable and RAY_ADDRESS win over the address that it is given.
-    os.environ["RAY_API_SERVER_ADDRESS"] = address
-    try:
-        return JobSubmissionClient(address)
-    except AuthenticationError:
-        message = f"--address {address}: the cluster refuses our token ({AUTH_SOURCES})"
-        raise UserError(message) from None
-    except (ConnectionError, RuntimeError, OSError) as error:
-        message = f"--address {address}: no Ray Jobs server lets us in there: {_line(error)}"
-        raise UserError(message) from None
+    Its own client waits for ever, and lets RAY_ADDRESS win over the address that it is given.
+    """
 
+    def __init__(self, address: str) -> None:
+        if not address.startswith(("http://", "https://")):
+            message = f"--address {address}: write http://HOST:8265, the cluster's dashboard"
+            raise UserError(message)
+        self.address = address.rstrip("/")
 
-def _refuse_open_server(address: str) -> None:
-    """Ask without a token, with a deadline, which Ray's own client lacks."""
-    question = f"{address.rstrip('/')}/api/version"
-    try:
-        with urllib.request.urlopen(question, timeout=_ANSWER_S):  # noqa: S310  # http(s) only
-            pass
-    except urllib.error.HTTPError:
-        # Whoever it is, it wants to know who asks; what it says to our token comes next.
-        return
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        message = f"--address {address}: no Ray Jobs server answers there: {reason}"
-        raise UserError(message) from None
-    message = f"--address {address}: {OPEN_CLUSTER}"
-    raise UserError(message)
+    def check(self) -> None:
+        """Make sure that it answers, to us and not to anyone.
+
+        Raises:
+            UserError: Otherwise.
+        """
+        where = f"--address {self.address}"
+        if self._status(with_token=False, where=where) == HTTPStatus.OK:
+            message = f"{where}: {OPEN_CLUSTER}"
+            raise UserError(message)
+        status = self._status(with_token=True, where=where)
+        if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            message = f"{where}: the cluster refuses our token ({AUTH_SOURCES})"
+            raise UserError(message)
+        if status != HTTPStatus.OK:
+            message = f"{where}: no Ray Jobs server answers there (HTTP {status})"
+            raise UserError(message)
+
+    def submit(self, fields: dict[str, Any]) -> None:
+        """Hand a job over.
+
+        Raises:
+            OSError: If it is not taken.
+        """
+        self._ask("/api/jobs/", _SUBMIT_S, with_token=True, data=json.dumps(fields).encode())
+
+    def _status(self, *, with_token: bool, where: str) -> int:
+        try:
+            self._ask("/api/version", _ANSWER_S, with_token=with_token)
+        except HTTPError as error:
+            error.close()
+            return error.code
+        except (OSError, ValueError, HTTPException) as error:
+            message = f"{where}: no Ray Jobs server answers there: {_reason(error)}"
+            raise UserError(message) from None
+        return HTTPStatus.OK
+
+    def _ask(
+        self, path: str, timeout_s: float, *, with_token: bool, data: bytes | None = None
+    ) -> None:
+        from ray._private.authentication.http_token_authentication import (
+            get_auth_headers_if_auth_enabled,
+        )
+
+        headers = {"Content-Type": "application/json"}
+        if with_token:
+            headers |= get_auth_headers_if_auth_enabled({})
+        request = Request(self.address + path, data, headers)  # noqa: S310  # http(s) only
+        with urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
+            answer.read()
 
 
 def _with_endpoints(spec: JobSpec) -> JobSpec:
@@ -127,6 +164,11 @@ def _is_local(address: str) -> bool:
     return "//127.0.0.1:" in address or "//localhost:" in address
 
 
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line; the server says the cause at the end of its answer."""
+    if isinstance(error, HTTPError):
+        with error:
+            said = error.read(100_000).decode(errors="replace").split("\n")
+        lines = [line.strip() for line in said if line.strip()]
+        return f"HTTP {error.code} {lines[-1] if lines else error.reason}"
+    return str(getattr(error, "reason", None) or error or type(error).__name__)

@@ -132,7 +132,8 @@ def build_graph(
         .map_batches(
             _AnnotateActor,
             fn_constructor_args=(context, weights),
-            batch_size=None,
+            # One block is one shard anyway; with None, Ray refuses to give actors a GPU.
+            batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=resources.cpus_per_actor,

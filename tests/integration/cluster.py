@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on loopback: a CPU node with the dashboard, and one with a GPU to name.
+"""A Ray cluster of two nodes on loopback: one with CPUs and the dashboard, one that names a GPU.
 
 It lives in a process of its own, which ends with its standard input, so that nothing of it is left
 when its caller dies. `python tests/integration/cluster.py PORT` is that process.
@@ -13,9 +13,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,12 @@ class LoopbackCluster:
 
     def ask(self, path: str) -> Any:
         """JSON that the dashboard answers."""
-        request = urllib.request.Request(f"{self.dashboard_url}{path}")
-        request.add_header("Authorization", f"Bearer {self.token_path.read_text()}")
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        host = self.dashboard_url.removeprefix("http://")
+        with contextlib.closing(HTTPConnection(host, timeout=30)) as connection:
+            authorization = {"Authorization": f"Bearer {self.token_path.read_text()}"}
+            connection.request("GET", path, headers=authorization)
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
             return json.load(answer)
 
     def state(self, kind: str) -> list[dict[str, Any]]:
@@ -130,7 +133,12 @@ def _serve(dashboard_port: int) -> None:
     from ray.cluster_utils import Cluster
 
     local = {"node_ip_address": "127.0.0.1", "object_store_memory": _STORE_BYTES}
-    dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port}
+    # Another Ray on this machine may have the agent's usual port.
+    dashboard = {
+        "include_dashboard": True,
+        "dashboard_port": dashboard_port,
+        "dashboard_agent_listen_port": free_port(),
+    }
     cluster = Cluster(initialize_head=True, head_node_args={**local, **dashboard, "num_cpus": 2})
     cluster.add_node(**local, num_cpus=1, num_gpus=1)
     url = f"http://127.0.0.1:{dashboard_port}"

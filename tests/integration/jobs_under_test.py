@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import psutil
 from jobs.lease import heartbeats
 from jobs.manifest import Manifest
 from jobs.plan import Plan, read_plan
-from jobs.verify import verify_job
+from jobs.verify import Findings, verify_job
 from pipeline.layout import PNG_PREFIX, Generation
 from pipeline.sinks.parquet import read_rows
 from pipeline.storage import StorageOptions, Store, open_store
@@ -34,8 +34,10 @@ VARIANT = "mit:16,32,80,128:1,2,2,1"
 FRAMES_PER_SHARD = 4
 SETTINGS = ("geometry.short_side_px=64", f"shard.frames={FRAMES_PER_SHARD}")
 END_S = 240.0
-# How long Ray's daemons may live on after their driver was killed.
+# How long what can still commit may live on after its driver was killed: Ray's workers notice.
 FATE_S = 30.0
+# Workers that were just being started look for their dead daemon for 20 to 25 s before they end.
+LATE_FATE_S = 60.0
 POLL_S = 0.02
 _MARK = "SEGFORMER3D_TEST_RUN"
 
@@ -53,13 +55,17 @@ def make_archive(folder: Path, *, num_frames: int = 40, num_stills: int = 24) ->
     return folder
 
 
-def add_bad_inputs(folder: Path) -> dict[str, str]:
-    """Three files that cannot be read; the kind of error that each must end as, by path."""
+def add_bad_inputs(folder: Path) -> dict[str, tuple[int, str]]:
+    """Three files that cannot be read; frame index and kind of their error, by name."""
     whole = encode_image(picture(*FRAME_SIZE, 99), "JPEG")
     (folder / "bad-cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "bad-empty.mp4").write_bytes(b"")
     (folder / "bad-text.png").write_text("not a picture at all\n" * 50)
-    return {"bad-cut.jpg": "truncated", "bad-empty.mp4": "truncated", "bad-text.png": "corrupt"}
+    return {
+        "bad-cut.jpg": (0, "truncated"),
+        "bad-empty.mp4": (-1, "truncated"),
+        "bad-text.png": (-1, "corrupt"),
+    }
 
 
 def make_weights(path: Path) -> Path:
@@ -126,22 +132,34 @@ class JobUnderTest:
             )
         return Driver(process=process, out=out, err=err)
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self) -> dict[int, str]:
         """Every living process of the job: drivers, Ray's daemons and workers, decoders."""
-        found = []
+        found = {}
         for process in psutil.process_iter():
             try:
                 if process.environ().get(_MARK) == self.mark:
-                    found.append(process)
+                    found[process.pid] = " ".join(process.cmdline())
             except psutil.Error:
                 continue
         return found
 
-    def wait_until_gone(self, timeout_s: float = FATE_S) -> float:
-        """Wait until no process of the job is left; says how many seconds it took."""
+    def workers(self) -> dict[int, str]:
+        """Those that may yet do something: not Ray's workers that had not begun when it died."""
+        return {
+            pid: command
+            for pid, command in self.processes().items()
+            if "default_worker.py" not in command
+        }
+
+    def wait_until_idle(self) -> float:
+        """Wait until nobody works on the job any more; says how many seconds it took."""
         started = time.monotonic()
-        wait_for(lambda: not self.processes(), timeout_s, lambda: f"alive: {self.processes()}")
+        wait_for(lambda: not self.workers(), FATE_S, lambda: f"alive: {self.workers()}")
         return time.monotonic() - started
+
+    def wait_until_gone(self) -> None:
+        """Wait until no process of the job is left."""
+        wait_for(lambda: not self.processes(), LATE_FATE_S, lambda: f"alive: {self.processes()}")
 
     @contextmanager
     def nothing_left(self) -> Iterator[None]:
@@ -149,11 +167,9 @@ class JobUnderTest:
         try:
             yield
         finally:
-            for process in self.processes():
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
+            for pid in self.processes():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             shutil.rmtree(ray_folder(self.folder), ignore_errors=True)
 
     def plan(self) -> Plan | None:
@@ -188,6 +204,11 @@ class JobUnderTest:
             if not path.is_dir()
         ]
 
+    def lacks_pngs(self) -> bool:
+        """Whether a decided shard is not marked to have its pictures."""
+        marked = sum(1 for _ in self.store.list(GENERATION.png_done_prefix))
+        return marked < self.num_commits()
+
     def rows(self) -> list[Row]:
         """Every row that the manifest leads to, sorted."""
         store, plan = self.store, self.plan()
@@ -206,9 +227,17 @@ class JobUnderTest:
         keys = [item.key for item in store.list(PNG_PREFIX)]
         return {key: _digest(data) for key, data in store.read_many(keys) if _is_data(data)}
 
+    def objects(self) -> set[str]:
+        """Keys of everything below the generation."""
+        return {item.key for item in self.store.list(GENERATION.prefix)}
+
+    def verify(self) -> Findings:
+        """What ``segformer3d verify`` finds."""
+        return verify_job(self.url, StorageOptions())
+
     def check_sound(self) -> None:
-        """As ``segformer3d verify`` sees it: sound, complete, and without orphans."""
-        findings = verify_job(self.url, StorageOptions())
+        """Sound, complete, and without orphans."""
+        findings = self.verify()
         assert findings.is_sound, findings.faults
         assert findings.is_complete, findings.undecided
         assert findings.orphans == []

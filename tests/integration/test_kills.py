@@ -10,10 +10,10 @@ from uuid import uuid4
 
 import pytest
 
+from pipeline.sinks.parquet import frame_id
 from tests.integration.jobs_under_test import (
     END_S,
     GENERATION,
-    POLL_S,
     SETTINGS,
     Driver,
     JobUnderTest,
@@ -21,6 +21,7 @@ from tests.integration.jobs_under_test import (
     add_bad_inputs,
     make_archive,
     make_weights,
+    wait_for,
 )
 
 pytestmark = pytest.mark.ray
@@ -48,6 +49,7 @@ class Reference:
         rows: What the job's rows say.
         pngs: Digests of its PNG tree.
         num_shards: Shards of its plan.
+        bad: Frame index and kind of error of what cannot be read, by asset.
     """
 
     archive: Path
@@ -55,6 +57,7 @@ class Reference:
     rows: list[Row]
     pngs: dict[str, str]
     num_shards: int
+    bad: dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +67,19 @@ class Kill:
     Attributes:
         phase: What it shall be doing.
         share: In ``annotating``, the share of its shards that it may decide before.
-        delay_s: From the sign that the phase has come.
+        lateness: How late in the phase, from 0 to 1.
         whole_group: Whether Ray's daemons are killed with it.
     """
 
     phase: Phase
     share: float
-    delay_s: float
+    lateness: float
     whole_group: bool
 
 
 def make_reference(folder: Path, *, num_frames: int, num_stills: int) -> Reference:
     archive = make_archive(folder / "archive", num_frames=num_frames, num_stills=num_stills)
-    add_bad_inputs(archive)
+    bad = add_bad_inputs(archive)
     weights = make_weights(folder / "weights.safetensors")
     job = job_of(archive, weights, str(folder / "undisturbed"), folder / "said")
     with job.nothing_left():
@@ -92,6 +95,7 @@ def make_reference(folder: Path, *, num_frames: int, num_stills: int) -> Referen
             rows=job.rows(),
             pngs=job.pngs(),
             num_shards=plan.num_shards,
+            bad=bad,
         )
 
 
@@ -115,11 +119,17 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference(tmp_path_factory.mktemp("large"), num_frames=80, num_stills=96)
 
 
-def test_undisturbed_reference_is_whole(small: Reference) -> None:
+def test_undisturbed_run_annotates_all_that_is_good_and_types_what_is_not(small: Reference) -> None:
+    num_good = 2 * 30 + 16
     frame_ids = [row[0] for row in small.rows]
-    assert len(set(frame_ids)) == len(frame_ids) == 2 * 30 + 16 + 3
-    assert sum(row[1] == "ok" for row in small.rows) == 2 * 30 + 16
-    assert len(small.pngs) == 3 * (2 * 30 + 16)
+    assert len(set(frame_ids)) == len(frame_ids) == num_good + len(small.bad)
+    good = [row for row in small.rows if row[1] == "ok"]
+    assert len(good) == num_good
+    assert all(row[3] and row[4] for row in good)
+    bad = {row[0]: row for row in small.rows if row[1] != "ok"}
+    for asset, (frame_index, kind) in small.bad.items():
+        assert bad[frame_id(asset, frame_index)][1:] == ("error", kind, None, None), asset
+    assert len(small.pngs) == 3 * num_good
 
 
 def test_three_kills_on_a_folder(small: Reference, tmp_path: Path) -> None:
@@ -151,40 +161,32 @@ def survive(
     """Kill a job's drivers in these phases, resume it each time, and compare the end."""
     job = job_of(reference.archive, reference.weights, url, said)
     with job.nothing_left():
-        for number, kill in enumerate(plan_kills(phases, rng)):
+        for number, kill in enumerate(plan_kills(phases, rng), 1):
             kept = job.commits()
             driver = start_again(job, rng)
             wait_for_moment(job, driver, kill, len(kept), reference.num_shards)
-            assert driver.is_alive, f"kill {number} ({kill.phase}) came too late: {driver.said}"
-            (driver.send_group if kill.whole_group else driver.send)(signal.SIGKILL)
-            assert driver.end() == -signal.SIGKILL
-            gone_s = job.wait_until_gone()
-            landed = landed_in(job, len(kept), reference.num_shards)
-            report(number, kill, landed, len(kept), job.num_commits(), gone_s)
-            assert not driver.said.count("Traceback"), driver.said
-            assert landed == kill.phase
+            landed = strike(job, driver, kill, len(kept), reference.num_shards)
+            idle_s = job.wait_until_idle()
+            what = "the group" if kill.whole_group else "the driver"
+            print(
+                f"kill {number}: {what} while {landed}, {len(kept)} -> {job.num_commits()} of "
+                f"{reference.num_shards} shards, nobody at work after {idle_s:.1f} s"
+            )
             assert_kept(job, kept)
         kept = job.commits()
         driver = start_again(job, rng)
         assert driver.end() == EXIT_QUARANTINED, driver.said
         assert_kept(job, kept)
         assert driver.result()["num_computed"] == reference.num_shards - len(kept)
-        job.wait_until_gone()
         job.check_sound()
         assert job.rows() == reference.rows
         assert job.pngs() == reference.pngs
         assert job.exists(GENERATION.success_key)
         assert job.unfinished_files() == []
+        job.wait_until_gone()
 
 
 def plan_kills(phases: tuple[Phase, ...], rng: random.Random) -> list[Kill]:
-    longest_delay_s = {
-        "starting": 1.5,
-        "planning": 0.2,
-        "connecting": 8.0,
-        "annotating": 0.2,
-        "finishing": 0.6,
-    }
     left = phases.count("annotating")
     kills = []
     for phase in phases:
@@ -192,7 +194,7 @@ def plan_kills(phases: tuple[Phase, ...], rng: random.Random) -> list[Kill]:
             phase=phase,
             # So much that there is still something to do for those who come after.
             share=rng.uniform(0.2, 1.2) / (left + 1) if phase == "annotating" else 0,
-            delay_s=rng.uniform(0, longest_delay_s[phase]),
+            lateness=rng.random(),
             whole_group=rng.random() < 0.3,
         )
         left -= phase == "annotating"
@@ -208,13 +210,21 @@ def start_again(job: JobUnderTest, rng: random.Random) -> Driver:
 def wait_for_moment(
     job: JobUnderTest, driver: Driver, kill: Kill, num_before: int, num_shards: int
 ) -> None:
-    """Wait for the sign that the phase has come, and then for the delay."""
+    """Wait for the sign that the phase has come, and then as long as the kill says."""
     enough = num_before + max(1, round(kill.share * (num_shards - num_before)))
-    give_up = time.monotonic() + END_S
-    while driver.is_alive and not _has_come(job, driver, kill.phase, enough, num_shards):
-        assert time.monotonic() < give_up, driver.said
-        time.sleep(POLL_S)
-    time.sleep(kill.delay_s)
+    longest_s = {
+        "starting": 1.5,
+        "planning": 0.3,
+        "connecting": 8.0,
+        "annotating": 0.2,
+        "finishing": 0.6 if num_before < num_shards else 9.0 if job.lacks_pngs() else 0.2,
+    }[kill.phase]
+    wait_for(
+        lambda: not driver.is_alive or _has_come(job, driver, kill.phase, enough, num_shards),
+        END_S,
+        lambda: driver.said,
+    )
+    time.sleep(kill.lateness * longest_s)
 
 
 def _has_come(
@@ -222,15 +232,33 @@ def _has_come(
 ) -> bool:
     if phase == "starting":
         return True
+    if not job.is_beating(driver.process.pid):
+        return False
     if phase == "planning":
-        return job.exists("job.json")
+        return True
     if phase == "connecting":
-        return job.is_beating(driver.process.pid) and job.plan() is not None
+        return job.plan() is not None
     return job.num_commits() >= (num_shards if phase == "finishing" else enough)
 
 
+def strike(
+    job: JobUnderTest, driver: Driver, kill: Kill, num_before: int, num_shards: int
+) -> Phase | Literal["ended"]:
+    """Kill it, and say what it was doing then by what it left."""
+    if kill.phase == "finishing" and num_before == num_shards and not driver.is_alive:
+        assert driver.end() == EXIT_QUARANTINED, driver.said
+        return "ended"
+    assert driver.is_alive, f"the kill while {kill.phase} came too late: {driver.said}"
+    (driver.send_group if kill.whole_group else driver.send)(signal.SIGKILL)
+    assert driver.end() == -signal.SIGKILL
+    assert "Traceback" not in driver.said, driver.said
+    landed = landed_in(job, num_before, num_shards)
+    # Planning is over in a moment.
+    assert landed == kill.phase or (kill.phase, landed) == ("planning", "connecting")
+    return landed
+
+
 def landed_in(job: JobUnderTest, num_before: int, num_shards: int) -> Phase:
-    """What the killed driver was doing, by what it left."""
     if not job.exists("job.json"):
         return "starting"
     if job.plan() is None:
@@ -245,13 +273,3 @@ def assert_kept(job: JobUnderTest, kept: dict[str, bytes]) -> None:
     """What was committed stands byte for byte, so nobody decided it again."""
     now = job.commits()
     assert {key: now.get(key) for key in kept} == kept
-
-
-def report(
-    number: int, kill: Kill, landed: Phase, num_before: int, num_now: int, gone_s: float
-) -> None:
-    what = "the group" if kill.whole_group else "the driver"
-    print(
-        f"kill {number + 1}: {what} while {landed}, {num_before} -> {num_now} shards, "
-        f"all processes gone after {gone_s:.1f} s"
-    )

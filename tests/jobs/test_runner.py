@@ -1,0 +1,84 @@
+"""What a run checks before it starts Ray."""
+
+import pytest
+
+from jobs.lease import Heartbeat, Pulse, beat, heartbeats, request_cancel, take_lease
+from jobs.runner import claim_job, load_weights, reopen_job
+from jobs.spec import check_spec
+from pipeline.errors import JobError, UserError
+from pipeline.storage import StorageOptions, open_store
+from segformer3d.weights import untrained_weights
+from tests.jobs.job_parts import TINY, make_job
+
+
+@pytest.fixture
+def spec(tmp_path):
+    archive = make_job(tmp_path / "other").spec.input.url
+    weights = tmp_path / "tiny.safetensors"
+    weights.write_bytes(untrained_weights(TINY))
+    fields = {
+        "input": {"url": archive},
+        "output": {"url": str(tmp_path / "job")},
+        "model": {"weights": str(weights)},
+    }
+    return check_spec(fields, "the job")
+
+
+def test_a_job_holds_its_own_weights(spec, tmp_path):
+    job = claim_job(spec)
+    (tmp_path / "tiny.safetensors").unlink()
+    again = reopen_job(job.store.url, StorageOptions())
+    assert again.record == job.record
+    assert again.store.read(again.record.weights_key) == untrained_weights(TINY)
+
+
+def test_weights_that_were_never_left_there_are_fetched_again(spec):
+    job = claim_job(spec)
+    job.store.delete([job.record.weights_key])
+    assert reopen_job(job.store.url, StorageOptions()).store.exists(job.record.weights_key)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_other_weights_stop_a_resume(spec, tmp_path, left):
+    job = claim_job(spec)
+    (tmp_path / "tiny.safetensors").write_bytes(untrained_weights(TINY, seed=1))
+    if left:
+        job.store.put(job.record.weights_key, b"changed")
+    else:
+        job.store.delete([job.record.weights_key])
+    with pytest.raises(JobError, match="not the weights file"):
+        reopen_job(job.store.url, StorageOptions())
+
+
+def test_weights_by_s3_url(spec, s3_bucket_url):
+    open_store(s3_bucket_url).put("w.safetensors", b"data")
+    url = f"{s3_bucket_url}/w.safetensors"
+    asked = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": url})})
+    assert load_weights(asked) == b"data"
+    url = f"{s3_bucket_url}/none.safetensors"
+    asked = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": url})})
+    with pytest.raises(UserError, match="cannot be read"):
+        load_weights(asked)
+
+
+def test_leases_count_up_and_say_who_lives(tmp_path):
+    store = open_store(str(tmp_path / "job"), create=True)
+    assert [take_lease(store) for _ in range(3)] == [1, 2, 3]
+    beat(store, Heartbeat.now(1, "ended"))
+    beat(
+        store,
+        Heartbeat(
+            lease=2, host="elsewhere", pid=1, at="2020-01-01T00:00:00+00:00", state="running"
+        ),
+    )
+    assert [found.is_alive for found in heartbeats(store)] == [False, False, True]
+    assert [found.lease for found in request_cancel(store)] == [3]
+
+
+def test_a_pulse_ends_with_a_word(tmp_path):
+    store = open_store(str(tmp_path / "job"), create=True)
+    lease = take_lease(store)
+    with Pulse(store, lease, lambda: {"state": "running", "num_done": 4}):
+        pass
+    (last,) = heartbeats(store)
+    assert (last.state, last.num_done) == ("ended", 4)
