@@ -7,10 +7,11 @@ two schedules that lead to equal stores, places and messages on their way are ex
 there on. This loses nothing, because rules look at single steps and at places, never at a path.
 
 Modelled: requests in every order; a client that stops for ever before any request or before it
-hears the answer; a request that fails without effect, that takes effect although it fails, or that
-takes effect whenever it likes after its client was told that it failed; a refused create, whether
-or not the object is there. Not modelled: a list or a read that is not atomic, bytes that rot, a
-store that forgets, and requests of one client that run in parallel (``read_many`` reads in turn).
+hears the answer; a request that fails without effect, that takes effect although it fails, that
+takes effect at any time after its client was told that it failed, or that takes effect twice, now
+and at any time after; a create that is refused, whether or not it took effect. Not modelled: a list
+or a read that is not atomic, bytes that rot, a store that forgets, and requests of one client that
+run in parallel (``read_many`` reads in turn).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from pipeline.storage.base import Data
 
 Objects = dict[str, bytes]
 Program = Callable[[Store], object]
-Effect = Literal["none", "now", "later"]
+Effect = Literal["none", "now", "later", "twice"]
 
 
 class Request(NamedTuple):
@@ -76,12 +77,13 @@ def perform(request: Request, objects: Objects) -> tuple[Objects, Answer]:
     return {**objects, key: data}, Answer()
 
 
-def mishaps(request: Request) -> Iterator[tuple[Effect, type[StorageError]]]:
-    """How a request can go wrong: what becomes of it, and what its client is told."""
+def mishaps(request: Request) -> Iterator[tuple[Effect, type[StorageError] | None]]:
+    """How a request can go wrong: what becomes of it, and the error that its client is told."""
     yield "none", StoreUnavailableError
     if request.is_write:
         yield "now", StoreUnavailableError
         yield "later", StoreUnavailableError
+        yield "twice", None  # the client library tried again; the first packet was only slow
     if request.verb == "create":
         yield "now", ObjectExistsError  # a retried conditional write fails on its own success
         yield "none", ObjectExistsError  # S3's 409: refused while another's was on its way
@@ -181,7 +183,7 @@ class Place:
             self.result = program(VirtualStore(history))
         except _SuspendedError as suspended:
             self.request = suspended.request
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - how a program ends is for the rules to judge
             self.error = error
 
     def after(self, answer: Answer) -> "Place":
@@ -203,7 +205,7 @@ class Rules(Protocol):
         """A program has just ended."""
 
     def rest(self, place: Place, objects: Objects, late: frozenset[str]) -> Iterator[str]:
-        """The aftermath has ended, and then packets for the keys ``late`` have arrived."""
+        """The aftermath has ended, and after it packets for the keys ``late`` have arrived."""
 
 
 class State(NamedTuple):
@@ -216,15 +218,19 @@ class State(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One thing that can happen in a state."""
+    """One thing that can happen in a state: to a request, or to its client if that is None."""
 
     actor: str
-    what: object
+    request: Request | None
     fate: str
     state: State
 
+    def __str__(self) -> str:
+        asked = f"{self.request.verb} {self.request.key}" if self.request else ""
+        return " ".join(filter(None, (f"{self.actor}:", asked, self.fate)))
 
-@dataclass
+
+@dataclass(kw_only=True)
 class Explorer:
     """Depth-first search over every schedule of some programs.
 
@@ -233,6 +239,7 @@ class Explorer:
         aftermath: Runs undisturbed once they have all ended or crashed.
         rules: What must hold.
         num_faults: How many crashes and mishaps one schedule may have, together.
+        merge: Whether to explore what follows equal states once; False walks every schedule.
 
     Attributes:
         violations: For each rule that was broken, one schedule that breaks it.
@@ -243,6 +250,7 @@ class Explorer:
     aftermath: Program
     rules: Rules
     num_faults: int
+    merge: bool = True
     violations: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -262,7 +270,7 @@ class Explorer:
         return self._visit(State(frozenset(), places, (), self.num_faults))
 
     def _visit(self, state: State) -> int:
-        if state in self._executions:
+        if self.merge and state in self._executions:
             return self._executions[state]
         executions = 0
         objects = dict(state.objects)
@@ -289,23 +297,24 @@ class Explorer:
             if not state.faults_left:
                 continue
             kept = state._replace(faults_left=state.faults_left - 1)
-            yield Move(name, "crashes", "", _put_at(kept, index, None))
+            yield Move(name, None, "crashes", _put_at(kept, index, None))
             packets = tuple(sorted((*state.packets, Packet(index, request))))
             become = {
                 "none": kept,
                 "now": kept._replace(objects=done.objects),
                 "later": kept._replace(packets=packets),
+                "twice": kept._replace(objects=done.objects, packets=packets),
             }
             for effect, error in mishaps(request):
-                told = place.after(Answer(error=error))
-                fate = f"{error.__name__}, takes effect: {effect}"
-                yield Move(name, request, fate, _put_at(become[effect], index, told))
+                told = Answer(error=error) if error else honest
+                fate = f"(effect: {effect}, told: {error.__name__ if error else 'the truth'})"
+                yield Move(name, request, fate, _put_at(become[effect], index, place.after(told)))
         for packet in dict.fromkeys(state.packets):
             after, _ = perform(packet.request, objects)
             rest = list(state.packets)
             rest.remove(packet)
             arrived = state._replace(objects=frozenset(after.items()), packets=tuple(rest))
-            yield Move(self._names[packet.sender], packet.request, "arrives late", arrived)
+            yield Move(self._names[packet.sender], packet.request, "(arrives late)", arrived)
 
     def _broken(self, before: State, objects: Objects, move: Move) -> Iterator[str]:
         after = dict(move.state.objects)
@@ -342,9 +351,7 @@ class Explorer:
     def _note(self, broken: Iterable[str]) -> None:
         for rule in broken:
             if rule not in self.violations:
-                self.violations[rule] = tuple(
-                    f"{move.actor}: {move.what} {move.fate}".rstrip() for move in self._path
-                )
+                self.violations[rule] = tuple(map(str, self._path))
 
 
 def _info(key: str, data: bytes) -> ObjectInfo:
