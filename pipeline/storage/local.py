@@ -26,6 +26,8 @@ from pipeline.storage.paths import printable
 _TEMPORARY_SUFFIX = ".segformer3d-tmp"
 _HASHED_BYTES = 64 * 1024
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# What file systems without nameless files say; EISDIR is a kernel without them.
+_NEEDS_NAME = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ}
 
 
@@ -61,14 +63,14 @@ class LocalStore(Store):
 
     def put(self, key: str, data: Data) -> None:
         path = self._path(key)
-        with self._errors(key), _temporary(path, data) as temporary:
-            temporary.replace(path)
+        with self._errors(key), _synced_file(path.parent, data) as source:
+            _replace(source, path)
             _sync_folder(path.parent)
 
     def create(self, key: str, data: Data) -> None:
         path = self._path(key)
-        with self._errors(key), _temporary(path, data) as temporary:
-            os.link(temporary, path)
+        with self._errors(key), _synced_file(path.parent, data) as source:
+            _link(source, path)
             _sync_folder(path.parent)
 
     def list(self, prefix: str = "", *, recursive: bool = True) -> Iterator[ObjectInfo]:
@@ -196,18 +198,56 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 @contextmanager
-def _temporary(path: Path, data: Data) -> Iterator[Path]:
-    """A synced sibling of ``path`` that holds ``data`` and is gone at the end."""
-    _make_folder(path.parent)
-    temporary = path.parent / f".{uuid4().hex}{_TEMPORARY_SUFFIX}"
+def _synced_file(folder: Path, data: Data) -> Iterator[Path]:
+    """A file in ``folder`` that holds ``data``, synced, to be linked; gone at the end.
+
+    It has no name where the file system can do that, so a writer that is killed leaves nothing.
+    """
+    _make_folder(folder)
+    named: Path | None = None
     try:
-        with temporary.open("xb") as file:
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in _NEEDS_NAME:
+            raise
+        named = _temporary_name(folder)
+        descriptor = os.open(named, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        yield temporary
+            os.fsync(descriptor)
+            yield named or Path(f"/proc/self/fd/{descriptor}")
     finally:
-        temporary.unlink(missing_ok=True)
+        if named is not None:
+            named.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a name that nobody has."""
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Only relative to a folder does Python link what /proc/self/fd leads to.
+        os.link(source, target.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Give a file a name, whoever has it."""
+    try:
+        _link(source, target)
+    except FileExistsError:
+        temporary = _temporary_name(target.parent)
+        try:
+            _link(source, temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(folder: Path) -> Path:
+    return folder / f".{uuid4().hex}{_TEMPORARY_SUFFIX}"
 
 
 def _make_folder(folder: Path) -> None:

@@ -73,6 +73,8 @@ def running_cluster() -> Iterator[LoopbackCluster]:
         token_path.touch(mode=0o600)
         token_path.write_text(secrets.token_hex(32))
         environment = {**without_ray(os.environ), "RAY_AUTH_MODE": "token"}
+        # Else Ray's own Jobs agent takes 127.0.0.1 for this machine's outward address.
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         environment |= {"RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_TMPDIR": str(folder)}
         said = stack.enter_context((folder / "said").open("w+"))
         host = subprocess.Popen(

@@ -38,7 +38,7 @@ END_S = 240.0
 FATE_S = 30.0
 # Workers that were just being started look for their dead daemon for 20 to 25 s before they end.
 LATE_FATE_S = 60.0
-POLL_S = 0.02
+POLL_S = 0.05
 _MARK = "SEGFORMER3D_TEST_RUN"
 
 Row = tuple[str, str, str | None, str | None, str | None]

@@ -218,8 +218,7 @@ def test_a_submitted_job_runs_on_without_its_submitter(
 def test_a_submitted_job_is_cancelled_and_resumed(
     cluster: LoopbackCluster, weights: Path, tmp_path: Path, capsys
 ):
-    num_stills = 150
-    archive = make_archive(tmp_path / "archive", num_frames=5, num_stills=num_stills)
+    archive = make_archive(tmp_path / "archive", num_frames=5, num_stills=100)
     job = a_job(archive, weights, tmp_path)
     code, out, err = cli(
         [
@@ -241,8 +240,9 @@ def test_a_submitted_job_is_cancelled_and_resumed(
     assert code == 0
     assert len(asked) == 1
 
-    # Interrupted (130) is no success to Ray.
+    # To Ray, whatever is not 0 has failed.
     assert wait_for_ray_job(cluster, submission["submission_id"]) == "FAILED"
+    assert ray_job(cluster, submission["submission_id"])["driver_exit_code"] == 130
     status = here(capsys, "status", job.url)[1]
     assert status["state"] == "interrupted"
     assert 0 < status["num_done"] < status["num_shards"]

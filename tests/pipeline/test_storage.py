@@ -1,5 +1,6 @@
 """The storage adapter on a local folder, a real S3 server (weed) and moto's."""
 
+import errno
 import os
 import pickle
 import re
@@ -71,12 +72,39 @@ ODD_NAMES = [
     "c1\u0085",
     ".hidden/.a",
 ]
+WRITE_FOR_EVER = """
+import itertools, sys
+from pipeline.storage import open_store
+store = open_store(sys.argv[1])
+store.put("first", b"")
+for index in itertools.count():
+    store.put(f"{index}", bytes(4_000_000))
+    store.create(f"{index}.json", bytes(1000))
+"""
 S3_ONLY_NAMES = ["dbl//slash", "back\\slash", "a/./b", "a/../b", "/leading"]
 
 
 @pytest.fixture(params=BACKENDS)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return make_store(request, request.param, tmp_path)
+
+
+def refuse_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does."""
+    real = os.open
+
+    def refuse(path, flags: int, *more, **named) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def make_store(request: pytest.FixtureRequest, backend: str, tmp_path: Path) -> Store:
@@ -334,14 +362,17 @@ class TestLocal:
                 call(key)
         assert isinstance(next(store.read_many([key]))[1], StorageError)
 
+    @pytest.mark.parametrize("nameless", [True, False])
     def test_hides_temporary_files_and_leaves_none(
-        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nameless: bool
     ):
+        if not nameless:
+            refuse_nameless_files(monkeypatch)
         store.put("a", b"old")
 
         def fail(*_: object) -> None:
             assert [info.key for info in store.list()] == ["a"]
-            assert len(list(tmp_path.iterdir())) == 2
+            assert len(list(tmp_path.iterdir())) == (1 if nameless else 2)
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", fail)
@@ -350,6 +381,34 @@ class TestLocal:
                 write("a", b"new")
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
         assert store.read("a") == b"old"
+
+    @pytest.mark.parametrize("nameless", [True, False])
+    def test_puts_and_creates(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nameless: bool
+    ):
+        if not nameless:
+            refuse_nameless_files(monkeypatch)
+        for data in (b"first", b"second"):
+            store.put("x/a", data)
+            assert store.read("x/a") == data
+        store.create("x/b", b"only")
+        with pytest.raises(ObjectExistsError):
+            store.create("x/b", b"late")
+        assert store.read("x/b") == b"only"
+        assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["a", "b"]
+        for name in ("a", "b"):
+            assert (tmp_path / "x" / name).stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+    def test_a_killed_writer_leaves_nothing(self, tmp_path: Path):
+        for delay_s in (0.02, 0.05, 0.08, 0.11, 0.14):
+            with subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)]) as writer:
+                while not (tmp_path / "first").exists():
+                    assert writer.poll() is None
+                    time.sleep(0.01)
+                time.sleep(delay_s)
+                writer.kill()
+            assert list(tmp_path.glob(".*")) == []
+            (tmp_path / "first").unlink()
 
     def test_syncs_the_file_and_every_new_folder(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -364,7 +423,7 @@ class TestLocal:
         monkeypatch.setattr(os, "fsync", spy)
         store.create("x/y/k", b"v")
         assert synced[:2] == [tmp_path.name, "x"]
-        assert synced[2].endswith(".segformer3d-tmp")
+        assert synced[2].startswith("#"), "a file without a name"
         assert synced[3:] == ["y"]
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
