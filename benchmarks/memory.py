@@ -94,10 +94,12 @@ def main() -> None:
     parser.add_argument("--object-store-mib", type=int, default=1024)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args()
-    measured = [
-        measure(count, short_side_px=given.short_side, object_store_mib=given.object_store_mib)
-        for count in given.images
-    ]
+    measured = []
+    for count in given.images:
+        measured.append(
+            measure(count, short_side_px=given.short_side, object_store_mib=given.object_store_mib)
+        )
+        print(measured[-1], file=sys.stderr, flush=True)
     if given.json:
         print(json.dumps([asdict(item) for item in measured], indent=2))
     else:

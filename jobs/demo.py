@@ -39,6 +39,9 @@ def run_demo(folder: str) -> RunResult:
         "the demo",
     )
     result = run_job(spec)
+    if result.outcome == "interrupted":
+        say("Interrupted; `segformer3d demo` goes on.")
+        return result
     picture = _draw(archive, output, root / "demo.png")
     say("")
     say(f"archive  {archive}")

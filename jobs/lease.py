@@ -7,6 +7,7 @@ rests on the commit records alone, so no clock is trusted and any number of driv
 import datetime
 import json
 import os
+import re
 import socket
 import threading
 import uuid
@@ -22,6 +23,10 @@ from pipeline.storage import Store, create_once
 HEARTBEAT_S = 5.0
 # A driver that has been silent for longer is taken for dead; only said, never relied upon.
 SILENT_S = 30.0
+
+# A submission that has not started a driver by then has failed on the cluster.
+_SUBMITTED_S = 900.0
+_NUMBER = re.compile(r"(lease|heartbeat)-(\d{8,})\.json")
 
 DriverState = Literal["submitted", "planning", "running", "draining", "ended"]
 
@@ -74,7 +79,7 @@ class Heartbeat:
         if self.state == "ended":
             return False
         if self.state == "submitted":
-            return True
+            return self.age_s < _SUBMITTED_S
         if self.host == socket.gethostname() and not _process_exists(self.pid):
             return False
         return self.age_s < SILENT_S
@@ -83,7 +88,7 @@ class Heartbeat:
 def take_lease(store: Store, state: DriverState = "planning") -> int:
     """The next free number, now this driver's."""
     mine = canonical_json({"driver": uuid.uuid4().hex, "host": socket.gethostname()})
-    number = 1 + max(_numbers(store, "lease-"), default=0)
+    number = 1 + max(_numbers(store, "lease"), default=0)
     while create_once(store, lease_key(number), mine) != mine:
         number += 1
     beat(store, Heartbeat.now(number, state))
@@ -97,12 +102,22 @@ def beat(store: Store, heartbeat: Heartbeat) -> None:
 
 def heartbeats(store: Store) -> list[Heartbeat]:
     """Last sign of life of every driver that the job ever had, oldest lease first."""
-    keys = [heartbeat_key(number) for number in sorted(_numbers(store, "heartbeat-"))]
+    keys = [heartbeat_key(number) for number in sorted(_numbers(store, "heartbeat"))]
     found = []
     for _, data in store.read_many(keys):
-        if not isinstance(data, StorageError):
-            found.append(Heartbeat(**json.loads(data)))
+        heartbeat = None if isinstance(data, StorageError) else _parse(data)
+        if heartbeat is not None:
+            found.append(heartbeat)
     return found
+
+
+def _parse(data: bytes) -> Heartbeat | None:
+    """A heartbeat is only news: one that cannot be read is none."""
+    try:
+        heartbeat = Heartbeat(**json.loads(data))
+        return heartbeat if heartbeat.age_s is not None else None
+    except (TypeError, ValueError):
+        return None
 
 
 def request_cancel(store: Store) -> list[Heartbeat]:
@@ -165,9 +180,9 @@ class Pulse:
 def _numbers(store: Store, name: str) -> list[int]:
     found = []
     for item in store.list(LEASE_PREFIX):
-        stem = item.key.removeprefix(LEASE_PREFIX)
-        if stem.startswith(name):
-            found.append(int(stem.removeprefix(name).removesuffix(".json")))
+        match = _NUMBER.fullmatch(item.key.removeprefix(LEASE_PREFIX))
+        if match is not None and match[1] == name:
+            found.append(int(match[2]))
     return found
 
 

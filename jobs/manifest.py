@@ -69,21 +69,25 @@ class Manifest:
     def load(cls, store: Store, generation: Generation, plan_id: str, num_shards: int) -> Self:
         """List what is not sealed.
 
+        A file that somebody else left among the records is not one: `verify` names it.
+
         Raises:
             JobError: If a record lies outside the plan.
             StorageError: If the store cannot be listed.
         """
         sealed_ranges, sealed = _best_snapshot(store, generation, plan_id)
-        open_ids: list[int] = []
+        open_ids: set[int] = set()
         for range_id in range(_num_ranges(num_shards)):
             if range_id in sealed_ranges:
                 continue
             for item in store.list(generation.range_prefix(range_id)):
                 shard_id = shard_of(item.key)
-                if shard_id is None or not 0 <= shard_id < num_shards:
+                if shard_id is None or item.key != generation.commit_key(shard_id):
+                    continue
+                if shard_id >= num_shards:
                     message = f"{item.key} does not belong to this plan; run `verify`"
                     raise JobError(message)
-                open_ids.append(shard_id)
+                open_ids.add(shard_id)
         return cls(
             store=store,
             generation=generation,
@@ -163,14 +167,20 @@ def _best_snapshot(
 ) -> tuple[frozenset[int], pa.Table]:
     prefix = f"{MANIFEST_PREFIX}snapshot-{generation.number:04d}-"
     keys = sorted(item.key for item in store.list(MANIFEST_PREFIX) if item.key.startswith(prefix))
-    if not keys:
-        return frozenset(), SNAPSHOT_SCHEMA.empty_table()
-    table = pq.read_table(pa.BufferReader(store.read(keys[-1])))
-    meta = json.loads(table.schema.metadata[_META])
-    if meta["plan_id"] != plan_id:
-        message = f"{keys[-1]} belongs to another plan; run `verify`"
-        raise JobError(message)
-    return frozenset(meta["ranges"]), table.replace_schema_metadata(None)
+    for key in reversed(keys):
+        try:
+            table = pq.read_table(pa.BufferReader(store.read(key)))
+            meta = json.loads(table.schema.metadata[_META])
+            ranges, owner = frozenset(int(item) for item in meta["ranges"]), meta["plan_id"]
+            table = table.replace_schema_metadata(None).cast(SNAPSHOT_SCHEMA)
+        except (pa.ArrowException, KeyError, TypeError, ValueError):
+            # Only a cache of the records: an older one does, or none.
+            continue
+        if owner != plan_id:
+            message = f"{key} belongs to another plan; run `verify`"
+            raise JobError(message)
+        return ranges, table
+    return frozenset(), SNAPSHOT_SCHEMA.empty_table()
 
 
 def _write_snapshot(

@@ -13,28 +13,36 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.progress import track
+from jobs.progress import say, track
 from jobs.spec import JobSpec
 from pipeline.decode import probe_assets
 from pipeline.errors import InputError, JobError, UserError
 from pipeline.geometry import Geometry, input_size
-from pipeline.layout import SHARDS_PER_RANGE, Generation
+from pipeline.layout import JOB_KEY, PNG_PREFIX, SHARDS_PER_RANGE, Generation
 from pipeline.records import Asset, ShardSpec, Slice, canonical_json, shards_to_table
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import Sampling, slice_asset
-from pipeline.storage import Store, compile_glob, create_once, open_input, open_store
+from pipeline.storage import (
+    Store,
+    compile_glob,
+    create_once,
+    open_input,
+    open_store,
+    unescape_path,
+)
 
 # Rows that are known to be errors have no pixels; their shards need some size all the same.
 _NO_PIXELS_SIZE = (32, 32)
-_PROBES_PER_CALL = 32
+_PROBES_PER_CALL = 16
 _MAX_PROBERS = 4
+# Decoded frames of one shard, about; a shard may hold twice its target.
+_MAX_SHARD_BYTES = 96 << 20
 
 T = TypeVar("T")
 
@@ -88,7 +96,30 @@ class Plan:
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         """From the plain data of ``plan.json``."""
         parts = tuple(PlanPart(**part) for part in fields.pop("parts"))
-        return cls(**fields, parts=parts)
+        plan = cls(**fields, parts=parts)
+        if not all(type(value) is int for value in (plan.num_shards, plan.num_frames)):
+            message = "a count is not a whole number"
+            raise ValueError(message)
+        return plan
+
+
+class PlanDigest:
+    """The identity of a plan: a hash over its shards, in order."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, shard: ShardSpec) -> None:
+        """Take the next shard."""
+        fields = asdict(shard)
+        # A moved archive is the same archive.
+        del fields["root"]
+        self._hash.update(canonical_json(fields) + b"\n")
+
+    @property
+    def plan_id(self) -> str:
+        """Of the shards so far."""
+        return self._hash.hexdigest()
 
 
 class Planner:
@@ -105,7 +136,7 @@ class Planner:
         self.spec = spec
         self.store, self.pattern = open_input(spec.input.url, spec.input.storage.options())
         self.assets, self.num_ignored = self._list()
-        self._hash = hashlib.sha256()
+        self._digest = PlanDigest()
         self._counts = dict.fromkeys(
             ("num_shards", "num_frames", "num_known_errors", "num_pixels"), 0
         )
@@ -114,7 +145,7 @@ class Planner:
     def shards(self) -> Iterator[ShardSpec]:
         """Probe the assets and gather their frames into shards, in order; once only."""
         probes = track(self._probes(), "planning", total=len(self.assets), unit="assets")
-        slices = gather(self._slices(probes), self.spec.shard.frames)
+        slices = gather(self._slices(probes))
         for shard_id, (size, parts) in enumerate(slices):
             shard = ShardSpec(
                 shard_id=shard_id,
@@ -129,7 +160,7 @@ class Planner:
     def plan(self, parts: Sequence[PlanPart] = ()) -> Plan:
         """What was planned, after ``shards`` has been read to its end."""
         return Plan(
-            plan_id=self._hash.hexdigest(),
+            plan_id=self._digest.plan_id,
             num_images=sum(asset.kind == "image" for asset in self.assets),
             num_videos=sum(asset.kind == "video" for asset in self.assets),
             num_ignored=self.num_ignored,
@@ -141,25 +172,24 @@ class Planner:
 
     def _list(self) -> tuple[list[Asset], int]:
         excluded = [compile_glob(pattern) for pattern in self.spec.input.exclude]
-        output = _folder_within(self.store.url, self.spec.output.url)
-        if output == "":
+        if self.store.url == self.spec.output.url:
             message = f"{self.spec.output.url}: this is the archive's folder; name another --output"
             raise UserError(message)
 
         def wanted(key: str) -> bool:
-            # An output inside the archive is not part of it.
-            if output is not None and key.startswith(output):
-                return False
             return not any(pattern.fullmatch(key) for pattern in excluded)
 
         listing = list_assets(self.store, self.pattern, wanted=wanted)
-        if not listing.assets:
+        if listing.num_unreadable:
+            say(f"{listing.num_unreadable} folders of the archive could not be read: left out.")
+        assets = _without_outputs(self.store, listing.assets)
+        if not assets:
             message = (
                 f"{self.spec.input.url}: no image or video here"
                 f" ({listing.num_ignored} other files); name a folder, a file or a glob"
             )
             raise UserError(message)
-        return list(listing.assets), listing.num_ignored
+        return assets, listing.num_ignored
 
     def _probes(self) -> Iterator[AssetProbe]:
         """Probes in the order of the assets, from a few decoding children at a time."""
@@ -168,31 +198,45 @@ class Planner:
             options, limits = self.spec.input.storage.options(), self.spec.limits.limits()
             return probe_assets(self.store.url, assets, options, limits)
 
-        chunks = _chunks(iter(self.assets), _PROBES_PER_CALL)
-        with ThreadPoolExecutor(min(_MAX_PROBERS, os.cpu_count() or 1)) as pool:
+        pool = ThreadPoolExecutor(min(_MAX_PROBERS, os.cpu_count() or 1))
+        try:
             waiting: deque[Future[list[AssetProbe]]] = deque()
-            for chunk in chunks:
+            for chunk in _chunks(iter(self.assets), _PROBES_PER_CALL):
                 waiting.append(pool.submit(probe, chunk))
                 if len(waiting) > 2 * _MAX_PROBERS:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
+        finally:
+            # An interrupted plan does not wait for what nobody will read.
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _slices(self, probes: Iterable[AssetProbe]) -> Iterator[tuple[tuple[int, int], Slice]]:
+    def _slices(self, probes: Iterable[AssetProbe]) -> Iterator[tuple[tuple[int, int], Slice, int]]:
         sampling = Sampling(
             every_nth=self.spec.sampling.every_nth,
             frames_per_second=self.spec.sampling.frames_per_second,
         )
         for probe in probes:
             self._duration_s += probe.duration_s
-            for part in slice_asset(probe, sampling=sampling, target_frames=self.spec.shard.frames):
-                yield sized(part, self.spec.geometry.geometry())
+            target = self._target_frames(probe)
+            for part in slice_asset(probe, sampling=sampling, target_frames=target):
+                yield *sized(part, self.spec.geometry.geometry()), target
+
+    def _target_frames(self, probe: AssetProbe) -> int:
+        """Frames per shard: what the spec says, or as many as its memory bound allows."""
+        if probe.error_kind is not None:
+            return self.spec.shard.frames
+        try:
+            width, height = input_size(probe.width, probe.height, self.spec.geometry.geometry())
+        except InputError:
+            return self.spec.shard.frames
+        frame_bytes = 3 * width * height
+        if self.spec.output.class_ids_size == "asset":
+            frame_bytes += probe.width * probe.height
+        return max(1, min(self.spec.shard.frames, _MAX_SHARD_BYTES // frame_bytes))
 
     def _count(self, shard: ShardSpec) -> None:
-        fields = asdict(shard)
-        # A moved archive is the same archive.
-        del fields["root"]
-        self._hash.update(canonical_json(fields) + b"\n")
+        self._digest.add(shard)
         self._counts["num_shards"] += 1
         self._counts["num_frames"] += shard.num_frames
         for part in shard.slices:
@@ -214,27 +258,27 @@ def sized(part: Slice, geometry: Geometry) -> tuple[tuple[int, int], Slice]:
 
 
 def gather(
-    slices: Iterable[tuple[tuple[int, int], Slice]], target_frames: int
+    slices: Iterable[tuple[tuple[int, int], Slice, int]],
 ) -> Iterator[tuple[tuple[int, int], tuple[Slice, ...]]]:
     """Slices of one input size together, until there are enough frames for a shard.
 
     Args:
-        slices: ``(input size, slice)``, in the order of the assets.
-        target_frames: Frames per shard; a shard holds at most twice as many.
+        slices: ``(input size, slice, frames to aim at)``, in the order of the assets; a shard
+            holds at most twice as many frames.
 
     Yields:
         ``(input size, slices)`` per shard.
     """
     waiting: dict[tuple[int, int], list[Slice]] = {}
-    for size, part in slices:
+    for size, part, target in slices:
         held = waiting.setdefault(size, [])
         frames = sum(len(item.frame_index) for item in held)
-        if held and frames + len(part.frame_index) > 2 * target_frames:
+        if held and frames + len(part.frame_index) > 2 * target:
             yield size, tuple(held)
             held.clear()
             frames = 0
         held.append(part)
-        if frames + len(part.frame_index) >= target_frames:
+        if frames + len(part.frame_index) >= target:
             yield size, tuple(held)
             held.clear()
     for size, held in sorted(waiting.items()):
@@ -291,13 +335,21 @@ def open_output(spec: JobSpec) -> Store:
     return open_store(spec.output.url, spec.output.storage.options(), create=True)
 
 
-def _folder_within(root: str, url: str) -> str | None:
-    """Key prefix of the folder ``url`` below ``root``, with a trailing slash; None if outside."""
-    if "://" not in url:
-        url = os.path.normpath(Path(url).expanduser().absolute())
-    inside = url.rstrip("/") + "/"
-    outside = root.rstrip("/") + "/"
-    return inside.removeprefix(outside) if inside.startswith(outside) else None
+def _without_outputs(store: Store, assets: Sequence[Asset]) -> list[Asset]:
+    """Leave out the PNG trees of jobs whose output lies inside the archive."""
+    jobs: dict[str, bool] = {}
+
+    def is_output(asset: Asset) -> bool:
+        folders = f"/{asset.path}".split(f"/{PNG_PREFIX}")
+        for depth in range(1, len(folders)):
+            folder = unescape_path(f"/{PNG_PREFIX}".join(folders[:depth]).lstrip("/"))
+            if folder not in jobs:
+                jobs[folder] = store.exists(f"{folder}/{JOB_KEY}" if folder else JOB_KEY)
+            if jobs[folder]:
+                return True
+        return False
+
+    return [asset for asset in assets if not is_output(asset)]
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:

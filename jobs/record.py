@@ -66,10 +66,17 @@ class JobRecord:
             JobError: If the bytes are no job record, or one of a newer version.
         """
         try:
-            return cls(**json.loads(data))
+            record = cls(**json.loads(data))
         except (TypeError, ValueError) as error:
             message = f"{JOB_KEY} cannot be read by this version: {error}"
             raise JobError(message) from error
+        if record.layout_version != LAYOUT_VERSION:
+            message = (
+                f"{JOB_KEY} cannot be read by this version: its layout is "
+                f"{record.layout_version}, ours is {LAYOUT_VERSION}"
+            )
+            raise JobError(message)
+        return record
 
     def differences(self, other: Self) -> list[str]:
         """Names of what decides the outputs and differs, with both values."""

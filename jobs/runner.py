@@ -21,9 +21,9 @@ from jobs.lease import DriverState, Pulse, heartbeats, is_cancelled, mark_cancel
 from jobs.manifest import Manifest
 from jobs.plan import Plan, check_archive, make_plan, open_output, read_plan
 from jobs.progress import Progress, say
-from jobs.record import JobRecord, claim_output, read_job
+from jobs.record import OUTPUT_VERSION, JobRecord, claim_output, read_job
 from jobs.spec import JobSpec, RaySection
-from pipeline.errors import JobError, UserError
+from pipeline.errors import ConflictError, JobError, StorageError, UserError
 from pipeline.layout import SHARDS_PER_RANGE, Generation, attempt_of, shard_of
 from pipeline.records import CommitRecord, ShardReceipt, canonical_json
 from pipeline.storage import StorageOptions, Store, open_store
@@ -131,6 +131,12 @@ def reopen_job(url: str, storage: StorageOptions, ray: RaySection | None = None)
     """
     store = open_store(url, storage)
     record = read_job(store)
+    if record.output_version != OUTPUT_VERSION:
+        message = (
+            f"{store.url} was begun by a version with other outputs (output_version "
+            f"{record.output_version} there, {OUTPUT_VERSION} here); finish it with that version"
+        )
+        raise ConflictError(message)
     spec = record.job_spec()
     if ray is not None:
         spec = spec.model_copy(update={"ray": ray})
@@ -160,12 +166,16 @@ def load_weights(spec: JobSpec) -> bytes:
         from segformer3d.weights import untrained_weights
 
         return untrained_weights()
-    url, options = spec.model.weights, spec.input.storage
-    arguments: dict[str, Any] = {}
+    url = spec.model.weights
     if url.startswith("s3://"):
-        arguments = {"anon": options.anonymous, "endpoint_url": options.endpoint_url}
+        folder, _, name = url.rpartition("/")
+        try:
+            return open_store(folder, spec.input.storage.options()).read(name)
+        except StorageError as error:
+            message = f"weights {url}: {error}"
+            raise UserError(message) from None
     try:
-        with fsspec.open(url, "rb", **arguments) as file:
+        with fsspec.open(url, "rb") as file:
             return bytes(file.read())
     except (OSError, ImportError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -234,6 +244,7 @@ class _Driver:
         self.num_done = manifest.num_done
         missing_pngs: tuple[tuple[int, str], ...] = ()
         if manifest.is_complete:
+            say("Every shard is decided already; files that came later need another output.")
             missing_pngs = self._missing_pngs(manifest)
         if (not manifest.is_complete or missing_pngs) and not self._stopping():
             manifest = self._compute(plan, manifest, missing_pngs)

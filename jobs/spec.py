@@ -5,17 +5,25 @@ two runs with one identity may share an output, any other pair may not.
 """
 
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
 from pipeline.geometry import Geometry
 from pipeline.storage import StorageOptions
+
+_BRIEFLY = reprlib.Repr()
+_BRIEFLY.maxlevel, _BRIEFLY.maxstring = 1, 80
+
+# `true` is no number, nor is "3".
+Whole = Annotated[int, Strict()]
 
 
 class _Section(BaseModel):
@@ -47,9 +55,13 @@ class InputSection(_Section):
 class SamplingSection(_Section):
     """Which frames of a video are annotated; images always are."""
 
-    every_nth: int = Field(1, ge=1, description="Every n-th frame, from the first.")
+    every_nth: Whole = Field(1, ge=1, le=10**9, description="Every n-th frame, from the first.")
     frames_per_second: float | None = Field(
-        None, gt=0, description="At most so many frames a second, chosen by time stamp."
+        None,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="At most so many frames a second, chosen by time stamp.",
     )
 
     @model_validator(mode="after")
@@ -64,9 +76,9 @@ class GeometrySection(_Section):
     """The size at which frames enter the model."""
 
     mode: Literal["keep_aspect", "stretch"] = "keep_aspect"
-    short_side_px: int = Field(512, ge=32, le=4096, multiple_of=32)
-    stretch_width_px: int = Field(1024, ge=32, le=8192, multiple_of=32)
-    stretch_height_px: int = Field(512, ge=32, le=8192, multiple_of=32)
+    short_side_px: Whole = Field(512, ge=32, le=4096, multiple_of=32)
+    stretch_width_px: Whole = Field(1024, ge=32, le=8192, multiple_of=32)
+    stretch_height_px: Whole = Field(512, ge=32, le=8192, multiple_of=32)
 
     def geometry(self) -> Geometry:
         """The same for the decoder."""
@@ -83,10 +95,10 @@ class ModelSection(_Section):
     weights: str | None = Field(
         None, description="Path or s3:// URL of a safetensors file; none: untrained MiT-B0."
     )
-    micro_batch: int | None = Field(
+    micro_batch: Whole | None = Field(
         None, ge=1, description="Frames per forward pass at the most; default by device."
     )
-    threads: int | None = Field(1, ge=1, description="CPU threads per model.")
+    threads: Whole | None = Field(1, ge=1, description="CPU threads per model.")
 
 
 class OutputSection(_Section):
@@ -106,16 +118,20 @@ class OutputSection(_Section):
 class ShardSection(_Section):
     """The unit of work and of commit."""
 
-    frames: int = Field(64, ge=1, le=4096, description="Frames per shard, about.")
+    frames: Whole = Field(64, ge=1, le=4096, description="Frames per shard, about.")
 
 
 class LimitsSection(_Section):
     """Bounds on hostile or broken inputs."""
 
-    max_pixels: int = Field(100_000_000, ge=1)
-    max_file_bytes: int = Field(256 * 2**20, ge=1, description="Of a still image.")
-    deadline_s: float = Field(60.0, gt=0, description="Without a new frame, an input has hung.")
-    memory_bytes: int = Field(4 * 2**30, ge=2**28, description="Of one decoding process.")
+    max_pixels: Whole = Field(100_000_000, ge=1, le=2**31)
+    max_file_bytes: Whole = Field(256 * 2**20, ge=1, le=2**36, description="Of a still image.")
+    deadline_s: float = Field(
+        60.0, gt=0, le=86_400, description="Without a new frame, an input has hung."
+    )
+    memory_bytes: Whole = Field(
+        4 * 2**30, ge=2**28, le=2**44, description="Of one decoding process."
+    )
 
     def limits(self) -> DecodeLimits:
         """The same for the decoder."""
@@ -130,9 +146,9 @@ class LimitsSection(_Section):
 class RaySection(_Section):
     """What the run may take of the machine or cluster; does not change outputs."""
 
-    max_actors: int | None = Field(None, ge=1, description="Models at a time; default all.")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
-    object_store_bytes: int | None = Field(
+    max_actors: Whole | None = Field(None, ge=1, description="Models at a time; default all.")
+    num_cpus: Whole | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
+    object_store_bytes: Whole | None = Field(
         None, ge=100 * 2**20, description="Object store of the embedded Ray; default 1 GiB."
     )
 
@@ -181,9 +197,17 @@ class JobSpec(_Section):
 
 
 def _absolute_url(url: str) -> str:
+    if url.startswith("file:///"):
+        # One place, one name. An undecodable path stays a URL.
+        path = unquote(url.removeprefix("file://"), errors="surrogateescape")
+        return os.path.normpath(path) if path.isprintable() else url.rstrip("/")
     if "://" in url or "::" in url:
-        return url.rstrip("/")
-    return os.path.normpath(Path(url).expanduser().absolute())
+        return url if url.endswith("://") else url.rstrip("/")
+    try:
+        return os.path.normpath(Path(url).expanduser().absolute())
+    except RuntimeError:
+        message = f"{url}: no such user"
+        raise UserError(message) from None
 
 
 def load_spec(path: str | None, overrides: Sequence[str], flags: dict[str, str | None]) -> JobSpec:
@@ -242,6 +266,18 @@ def check_spec(fields: object, where: str) -> JobSpec:
         raise UserError(message) from None
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                message = f"the key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -260,9 +296,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
         message = f"{where}: not YAML: {' '.join(str(error).split())}"
+        raise UserError(message) from None
+    except RecursionError:
+        message = f"{where}: not YAML that a job could be: nested too deeply"
         raise UserError(message) from None
 
 
@@ -285,4 +324,4 @@ def _complaint(item: Any) -> str:
         flag = {"input": "--input", "output": "--output"}.get(name)
         return f"missing key {name}" + (f" (or {flag})" if flag else "")
     message = item["msg"].removeprefix("Value error, ")
-    return f"{name}: {message}, got {item['input']!r}" if item["loc"] else message
+    return f"{name}: {message}, got {_BRIEFLY.repr(item['input'])}" if item["loc"] else message

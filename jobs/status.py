@@ -1,5 +1,6 @@
 """What a job's storage says about it, with or without a driver alive."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,11 +9,15 @@ from jobs.manifest import Manifest
 from jobs.plan import read_plan
 from jobs.record import read_job
 from jobs.runner import count_kinds
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import Segformer3dError, StorageError, UserError
 from pipeline.layout import JOB_KEY, OWN_PREFIXES, Generation
 from pipeline.storage import StorageOptions, Store, join_url, open_store
 
-JobState = Literal["submitted", "planning", "running", "interrupted", "done", "quarantined"]
+JobState = Literal[
+    "submitted", "planning", "running", "interrupted", "done", "quarantined", "unreadable"
+]
+# What damaged objects of a job make their readers raise.
+_DAMAGE = (Segformer3dError, ValueError, TypeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,9 @@ class JobStatus:
     Attributes:
         url: Its URI.
         state: ``interrupted`` means unfinished with no driver alive; ``quarantined`` means done
-            with inputs that could not be read.
-        trained: Whether its weights are.
+            with inputs that could not be read; ``unreadable`` is a job, or a folder where one may
+            be, that cannot be read itself.
+        trained: Whether its weights are; False if unreadable.
         num_shards: Shards of the plan; 0 before there is one.
         num_done: Shards decided.
         num_frames: Planned frames.
@@ -34,6 +40,7 @@ class JobStatus:
         frames_per_s: Rate of the drivers alive, together.
         seconds_left: At that rate; None if nobody works.
         drivers: Those alive.
+        problem: Why it is unreadable; otherwise empty.
     """
 
     url: str
@@ -49,14 +56,19 @@ class JobStatus:
     frames_per_s: float = 0.0
     seconds_left: float | None = None
     drivers: tuple[Heartbeat, ...] = ()
+    problem: str = ""
 
     def line(self) -> str:
         """One line for a listing."""
+        if self.state == "unreadable":
+            return f"{self.url}  {self.state}  {self.problem}"
         share = 100 * self.num_done / self.num_shards if self.num_shards else 0
         return f"{self.url}  {self.state}  {share:.0f}%  {self.num_frames} frames"
 
     def text(self) -> str:
         """A few lines for a person."""
+        if self.state == "unreadable":
+            return f"{self.url}: {self.state}\n{self.problem}"
         lines = [
             f"{self.url}: {self.state}",
             f"shards  {self.num_done} of {self.num_shards} decided",
@@ -127,30 +139,48 @@ def job_status(url: str, storage: StorageOptions) -> JobStatus:
 def find_jobs(root: str, storage: StorageOptions) -> list[JobStatus]:
     """Every job at or below a URL, by URI.
 
-    Folders that belong to a job are not searched.
+    Folders that belong to a job are not searched, nor are links to folders. A job or a folder that
+    cannot be read is an entry that says so.
 
     Raises:
         UserError: If the root cannot be opened.
     """
     store = open_store(root, storage)
-    return [job_status(url, storage) for url in sorted(_job_urls(store, ""))]
+    return sorted(_jobs_below(store, "", storage), key=lambda job: job.url)
 
 
-def _job_urls(store: Store, folder: str) -> list[str]:
+def _jobs_below(store: Store, folder: str, storage: StorageOptions) -> Iterator[JobStatus]:
     prefix = f"{folder}/" if folder else ""
-    if store.head(f"{prefix}{JOB_KEY}") is not None:
-        return [join_url(store.url, folder) if folder else store.url]
-    urls: list[str] = []
+    url = join_url(store.url, folder) if folder else store.url
     try:
-        children = list(store.list_folders(prefix))
+        is_job = store.head(f"{prefix}{JOB_KEY}") is not None
+        children = [] if is_job else list(store.list_folders(prefix, follow_links=False))
     except StorageError as error:
-        message = f"{store.url}: {error}"
-        raise UserError(message) from None
+        if not folder:
+            message = f"cannot search {error}"
+            raise UserError(message) from None
+        yield _unreadable(url, error)
+        return
+    if is_job:
+        try:
+            yield job_status(url, storage)
+        except _DAMAGE as error:
+            yield _unreadable(url, error)
     for child in children:
-        name = child.rstrip("/").rpartition("/")[2]
+        name = child.rpartition("/")[2]
         if not f"{name}/".startswith(OWN_PREFIXES) and not name.startswith("."):
-            urls += _job_urls(store, child.rstrip("/"))
-    return urls
+            yield from _jobs_below(store, child, storage)
+
+
+def _unreadable(url: str, error: Exception) -> JobStatus:
+    problem = str(error) if isinstance(error, Segformer3dError) else f"damaged: {error!r}"
+    return JobStatus(
+        url=url,
+        state="unreadable",
+        trained=False,
+        quarantined={},
+        problem=" ".join(problem.split()),
+    )
 
 
 def _unplanned(alive: tuple[Heartbeat, ...]) -> JobState:

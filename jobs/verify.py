@@ -3,17 +3,18 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.manifest import Manifest
-from jobs.plan import Plan, read_plan
+from jobs.plan import Plan, PlanDigest, read_plan
 from jobs.progress import Progress
 from jobs.record import read_job
-from pipeline.errors import ObjectNotFoundError, UserError
-from pipeline.layout import Generation, attempt_of, shard_of
+from pipeline.commit import parse_commit
+from pipeline.errors import JobError, ObjectNotFoundError, StorageError, UserError
+from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
 from pipeline.records import CommitRecord, ShardSpec, shards_from_table
 from pipeline.sinks.parquet import frame_id
 from pipeline.storage import StorageOptions, Store, open_store
@@ -78,10 +79,11 @@ class Findings:
 
 
 def verify_job(url: str, storage: StorageOptions) -> Findings:
-    """Read every commit record and every byte of every data object that one names.
+    """Read the plan, every commit record, and every byte of every data object that one names.
 
     Finds objects that are missing, of another size or of other content; rows that are missing,
-    twice or not planned; records, data and shards that are not the plan's.
+    twice or not planned; records, data and shards that are not the plan's; a sealed manifest that
+    says other things than the records.
 
     Raises:
         UserError: If there is no job, or no plan yet.
@@ -94,35 +96,79 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
         message = f"{store.url}: nothing to verify, the job is not planned yet"
         raise UserError(message)
     findings = Findings(url=store.url, num_shards=plan.num_shards)
-    _check_foreign(store, generation, plan, findings)
-    if findings.num_faults:
-        return findings
-    manifest = Manifest.load(store, generation, plan.plan_id, plan.num_shards)
-    records = {record.shard_id: record for record in manifest.records()}
+    records = _read_records(store, generation, plan, findings)
+    _check_snapshot(store, generation, plan, records, findings)
     findings.num_decided = len(records)
+    digest = PlanDigest()
     with Progress("verifying", plan.num_frames) as progress:
-        for spec in _planned(store, plan):
+        for spec in _planned(store, plan, findings):
+            digest.add(spec)
             record = records.get(spec.shard_id)
             if record is None:
                 findings.undecided.append(spec.shard_id)
             else:
                 _check_shard(store, generation, spec, record, findings)
             progress.advance(spec.num_frames)
+    if digest.plan_id != plan.plan_id:
+        findings.fault(f"{generation.plan_key}: its parts hold another plan than it names")
     _check_orphans(store, generation, records, findings)
     return findings
 
 
-def _planned(store: Store, plan: Plan) -> Iterator[ShardSpec]:
-    for part in plan.parts:
-        yield from shards_from_table(pq.read_table(pa.BufferReader(store.read(part.key))))
-
-
-def _check_foreign(store: Store, generation: Generation, plan: Plan, findings: Findings) -> None:
+def _read_records(
+    store: Store, generation: Generation, plan: Plan, findings: Findings
+) -> dict[int, CommitRecord]:
+    """The commit records themselves, whatever a snapshot says of them."""
+    keys: list[str] = []
     for item in store.list(generation.commit_prefix):
         shard_id = shard_of(item.key)
-        known = shard_id is not None and 0 <= shard_id < plan.num_shards
-        if not known or item.key != generation.commit_key(shard_id or 0):
+        known = shard_id is not None and shard_id < plan.num_shards
+        if known and item.key == generation.commit_key(shard_id or 0):
+            keys.append(item.key)
+        else:
             findings.fault(f"{item.key}: not a commit record of this plan")
+    records: dict[int, CommitRecord] = {}
+    for key, data in store.read_many(keys):
+        try:
+            if isinstance(data, StorageError):
+                raise data
+            record = parse_commit(data, plan.plan_id, shard_of(key) or 0)
+        except (JobError, StorageError) as error:
+            findings.fault(f"{key}: {error}")
+            continue
+        records[record.shard_id] = record
+    return records
+
+
+def _check_snapshot(
+    store: Store,
+    generation: Generation,
+    plan: Plan,
+    records: dict[int, CommitRecord],
+    findings: Findings,
+) -> None:
+    """What readers go by must be what the records say."""
+    try:
+        manifest = Manifest.load(store, generation, plan.plan_id, plan.num_shards)
+        sealed = list(replace(manifest, open_ids=()).records())
+    except (JobError, StorageError) as error:
+        findings.fault(f"{MANIFEST_PREFIX}: {error}")
+        return
+    for record in sealed:
+        if records.get(record.shard_id) != record:
+            key = generation.commit_key(record.shard_id)
+            findings.fault(f"{key}: missing, or not what the sealed manifest says")
+
+
+def _planned(store: Store, plan: Plan, findings: Findings) -> Iterator[ShardSpec]:
+    for part in plan.parts:
+        try:
+            table = pq.read_table(pa.BufferReader(store.read(part.key)))
+            shards = shards_from_table(table)
+        except (StorageError, pa.ArrowException, KeyError, TypeError, OSError) as error:
+            findings.fault(f"{part.key}: cannot be read: {' '.join(str(error).split())}")
+            continue
+        yield from shards
 
 
 def _check_shard(
@@ -142,6 +188,9 @@ def _check_shard(
             data = store.read(key)
         except ObjectNotFoundError:
             findings.fault(f"{key}: missing")
+            return
+        except StorageError as error:
+            findings.fault(f"{key}: cannot be read: {error}")
             return
         if len(data) != file.size_bytes:
             findings.fault(f"{key}: {len(data)} bytes, {file.size_bytes} committed")

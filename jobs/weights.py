@@ -18,17 +18,21 @@ def import_to_file(source: str, target: str) -> str:
     """
     from segformer3d.weights import WeightsError, import_weights, save_weights
 
-    if not Path(source).exists():
-        message = f"weights {source}: no such file or folder"
-        raise UserError(message)
     try:
         model, info = import_weights(Path(source))
-        save_weights(Path(target), model, info)
     except WeightsError as error:
-        message = f"weights {source}: {error}"
+        message = f"weights {error}"
+        raise UserError(message) from None
+    except FileNotFoundError:
+        message = f"weights {source}: no such file or folder"
         raise UserError(message) from None
     except OSError as error:
-        message = f"{target}: {error.strerror or error}"
+        message = f"weights {source}: {error.strerror or error}"
+        raise UserError(message) from None
+    try:
+        save_weights(Path(target), model, info)
+    except (ValueError, OSError) as error:
+        message = f"{target}: {getattr(error, 'strerror', None) or error}"
         raise UserError(message) from None
     return f"{target}: {info.config.variant}, sha256 {_sha256(target)}"
 

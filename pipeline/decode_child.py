@@ -224,8 +224,8 @@ def _read_image(
 
 def _fetch_image(store: Store, part: Slice, limits: DecodeLimits) -> bytes:
     _check_file_size(part.size_bytes, limits)
-    data = store.read(unescape_path(part.asset))
-    _check_unchanged(part, len(data))
+    data, etag = store.read_with_fingerprint(unescape_path(part.asset))
+    _check_unchanged(part, len(data), etag)
     return data
 
 
@@ -233,8 +233,9 @@ def _read_video(
     item: DecodeItem, store: Store, limits: DecodeLimits, pulse: _Pulse
 ) -> Iterator[Outcome]:
     part = item.part
-    with store.open_seekable(unescape_path(part.asset)) as file:
-        _check_unchanged(part, file.seek(0, SEEK_END))
+    key = unescape_path(part.asset)
+    with store.open_seekable(key) as file:
+        _check_unchanged(part, file.seek(0, SEEK_END), store.fingerprint(key))
         size = part.width, part.height
         for outcome in read_frames(file, part.pts, part.seek_pts, size, limits, pulse.beat):
             slot = item.slots[outcome.position]
@@ -247,10 +248,13 @@ def _check_file_size(size_bytes: int, limits: DecodeLimits) -> None:
         raise InputError("too_large", message)
 
 
-def _check_unchanged(part: Slice, size_bytes: int) -> None:
+def _check_unchanged(part: Slice, size_bytes: int, etag: str) -> None:
     if size_bytes != part.size_bytes:
         message = f"the file changed since planning: {part.size_bytes} bytes then, {size_bytes} now"
         raise InputError("fetch", message)
+    # A file that could not be read while it was listed has no ETag.
+    if part.etag and etag != part.etag:
+        raise InputError("fetch", "the file has changed since it was planned")
 
 
 def _check_size(part: Slice, frame: UInt8Array) -> None:

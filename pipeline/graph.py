@@ -5,6 +5,7 @@ a pool of actors holds the model; Ray Data's backpressure bounds what waits betw
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,11 +26,14 @@ from pipeline.stages import (
     mark_png_done,
 )
 
-# Decode and publish are short beside the model: several of them share a core.
-_IO_TASK_CPUS = 0.25
+# Decode and publish are short beside the model, and all of them must fit beside the actors: if
+# decode could take everything that these leave, nothing would be published, so nothing committed,
+# before the object store is full.
+_IO_TASK_CPUS = 1 / 32
 # A CPU actor asks for less than the core it keeps busy, so that decode and publish always have
 # room: actors that take every core would starve their own feed.
 _CPU_ACTOR_CPUS = 0.75
+_MAX_SHARD_RETRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +45,14 @@ class Resources:
         max_actors: Model actors at the most.
         cpus_per_actor: CPUs that each asks Ray for.
         gpus_per_actor: GPUs that each asks Ray for.
-        max_decode_tasks: Decode tasks at a time.
+        max_io_tasks: Decode tasks at a time, and publish tasks at a time.
     """
 
     min_actors: int
     max_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
-    max_decode_tasks: int
+    max_io_tasks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ def choose_resources(num_cpus: float, num_gpus: float, max_actors: int | None = 
         max_actors=num_actors,
         cpus_per_actor=_CPU_ACTOR_CPUS,
         gpus_per_actor=1.0 if num_gpus >= 1 else 0.0,
-        max_decode_tasks=max(2, int(num_cpus)),
+        max_io_tasks=max(2, int(num_cpus)),
     )
 
 
@@ -119,7 +123,11 @@ def build_graph(
             override_num_blocks=len(parts),
         )
         .map_batches(
-            _ReadPlan(context), batch_size=1, batch_format="pyarrow", num_cpus=_IO_TASK_CPUS
+            _ReadPlan(context),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=_IO_TASK_CPUS,
+            concurrency=1,
         )
         .map_batches(
             DecodeShard(context),
@@ -127,7 +135,7 @@ def build_graph(
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=_IO_TASK_CPUS,
-            concurrency=resources.max_decode_tasks,
+            concurrency=resources.max_io_tasks,
         )
         .map_batches(
             _AnnotateActor,
@@ -138,6 +146,9 @@ def build_graph(
             zero_copy_batch=True,
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.gpus_per_actor,
+            # By default a shard that kills its actor is tried for ever.
+            max_restarts=-1,
+            max_task_retries=_MAX_SHARD_RETRIES,
             compute=ray.data.ActorPoolStrategy(
                 min_size=resources.min_actors, max_size=resources.max_actors
             ),
@@ -148,6 +159,7 @@ def build_graph(
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=_IO_TASK_CPUS,
+            concurrency=resources.max_io_tasks,
         )
     )
 
@@ -234,6 +246,10 @@ class _WritePngs:
 
 
 def _configure_ray_data() -> None:
+    # The default of Ray 2.60 ("RATE_BASED") allots a run the CPUs of the operators that it finds
+    # slow, and of the rest only whole ones: with fractions it left publish none for minutes, and
+    # annotated shards piled up uncommitted until the object store was full.
+    os.environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
     settings = ray.data.DataContext.get_current()
     # A block holds at least one row, so a bound that every row exceeds makes each shard a block of
     # its own. (`repartition(target_num_rows_per_block=1)` would do so too, but as an operator of

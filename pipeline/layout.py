@@ -27,7 +27,7 @@ OWN_PREFIXES = (
 )
 
 _MAX_NAME_BYTES = 220
-_SHARD = re.compile(r"/shard-(\d{8})")
+_SHARD = re.compile(r"/shard-(\d{8,})(?:\.json)?$")
 _DATA = re.compile(r"/shard-(\d{8})-([0-9a-f]{32})\.parquet$")
 
 
@@ -109,7 +109,7 @@ def cancel_key(number: int) -> str:
 
 
 def shard_of(key: str) -> int | None:
-    """Shard id in the name of a commit record, data object or marker; None if there is none."""
+    """Shard id in the name of a commit record or marker; None for any other key."""
     match = _SHARD.search(key)
     return int(match.group(1)) if match else None
 

@@ -295,8 +295,14 @@ class CommitRecord:
                 (str(asset), int(index), str(kind), str(reason))
                 for asset, index, kind, reason in fields["quarantined"]
             )
-            return cls(**fields)
-        except (KeyError, TypeError, UnicodeDecodeError) as error:
+            record = cls(**fields)
+            numbers = (record.shard_id, record.num_rows, record.num_ok)
+            sizes = [file.size_bytes for file in record.files]
+            if not all(type(number) is int for number in (*numbers, *sizes)):
+                message = "malformed commit record: a count is not a whole number"
+                raise ValueError(message)
+            return record
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
             message = f"malformed commit record: {error}"
             raise ValueError(message) from error
 

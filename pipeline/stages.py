@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline.commit import commit_attempt
 from pipeline.decode import DecodeLimits, decode_shard
+from pipeline.errors import ErrorKind
 from pipeline.layout import Generation, cancel_key
 from pipeline.records import (
     RECEIPT_SCHEMA,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 # How long a stage trusts its last look at the cancel marker.
 _DRAIN_CHECK_S = 1.0
+
+
+_NO_MEMORY: tuple[ErrorKind, str] = ("out_of_memory", "the model does not fit into memory with it")
+_NON_FINITE: tuple[ErrorKind, str] = ("non_finite", "the model's output is not finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +140,8 @@ class AnnotateShard:
     def annotate(self, shard: DecodedShard) -> AnnotatedShard:
         """Run the model over a shard's good frames.
 
-        A frame whose output is not finite becomes an error of kind ``non_finite``.
+        A frame whose output is not finite becomes an error of kind ``non_finite``, one that the
+        model has no memory for, even alone, of kind ``out_of_memory``.
         """
         started = time.perf_counter()
         frames = list(shard.frames)
@@ -145,8 +151,10 @@ class AnnotateShard:
         statistics: list[FrameStatistics] = []
         for rows, said in self._predictions(shard, [frames[index] for index in good]):
             for place, row in enumerate(rows):
-                if not said.finite[place]:
-                    frames[good[row]] = _non_finite(frames[good[row]])
+                failure = _failure(said, place)
+                if said is None or failure is not None:
+                    kind, message = failure or _NO_MEMORY
+                    frames[good[row]] = replace(frames[good[row]], error_kind=kind, error=message)
                     continue
                 statistics.append(frame_statistics(said, place, self.codec))
                 if said.class_ids is not None:
@@ -165,7 +173,7 @@ class AnnotateShard:
 
     def _predictions(
         self, shard: DecodedShard, frames: list[FrameRecord]
-    ) -> Iterator[tuple[range, "Predictions"]]:
+    ) -> Iterator[tuple[range, "Predictions | None"]]:
         """Runs of rows that share an output size, with what the model says of them, in order."""
         start = 0
         while start < len(frames):
@@ -173,9 +181,25 @@ class AnnotateShard:
             stop = start + 1
             while stop < len(frames) and self._class_ids_size(frames[stop]) == size:
                 stop += 1
-            pixels = shard.pixels[start:stop]
-            yield range(start, stop), self.predictor.predict(pixels, class_ids_size=size)
+            yield from self._predicted(shard.pixels, range(start, stop), size)
             start = stop
+
+    def _predicted(
+        self, pixels: UInt8Array, rows: range, size: tuple[int, int] | None
+    ) -> Iterator[tuple[range, "Predictions | None"]]:
+        """What the model says of rows; None for one that does not fit into memory even alone."""
+        from torch import OutOfMemoryError
+
+        try:
+            said = self.predictor.predict(pixels[rows.start : rows.stop], class_ids_size=size)
+        except (OutOfMemoryError, MemoryError):
+            if len(rows) == 1:
+                yield rows, None
+                return
+            for row in rows:
+                yield from self._predicted(pixels, range(row, row + 1), size)
+            return
+        yield rows, said
 
     def _class_ids_size(self, frame: FrameRecord) -> tuple[int, int] | None:
         if not self.context.class_ids_at_asset_size:
@@ -279,8 +303,10 @@ def depth_percentiles(depth_m: np.ndarray) -> tuple[float | None, ...]:
     return tuple(np.percentile(valid, (5, 50, 95)).tolist())
 
 
-def _non_finite(frame: FrameRecord) -> FrameRecord:
-    return replace(frame, error_kind="non_finite", error="the model's output is not finite")
+def _failure(said: "Predictions | None", place: int) -> tuple[ErrorKind, str] | None:
+    if said is None:
+        return _NO_MEMORY
+    return None if said.finite[place] else _NON_FINITE
 
 
 def _nothing(*binaries: str) -> pa.Table:

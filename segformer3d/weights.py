@@ -9,7 +9,6 @@ origin project's `.pt`, the `.pth` of the SegFormer authors (NVlabs; Xie et al. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -57,11 +56,6 @@ class WeightsError(ValueError):
     """Weights that cannot be used; the message is one line and says how to mend it."""
 
 
-def weights_sha256(data: bytes) -> str:
-    """Return the hex SHA-256 of a weights file's bytes, the identity of weights in a job."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def weights_to_bytes(model: Segformer3D, info: WeightsInfo) -> bytes:
     """Serialise a model and what there is to know about it; the same input, the same bytes."""
     if model.config != info.config:
@@ -73,7 +67,7 @@ def weights_to_bytes(model: Segformer3D, info: WeightsInfo) -> bytes:
 def save_weights(path: str | PathLike[str], model: Segformer3D, info: WeightsInfo) -> None:
     """Write a weights file; it appears under its name whole or not at all."""
     data = weights_to_bytes(model, info)
-    path = Path(path)
+    path = _path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -95,9 +89,12 @@ def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
     if isinstance(source, bytes):
         header = _read_header(BytesIO(source))
     else:
-        with Path(source).open("rb") as file:
+        with _path(source).open("rb") as file:
             header = _read_header(file)
-    entry = header.get("__metadata__", {}).get(METADATA_KEY)
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise WeightsError("damaged, its metadata is no JSON object: fetch it again")
+    entry = metadata.get(METADATA_KEY)
     if entry is None:
         raise WeightsError(
             "a safetensors file of another project: convert its folder with `weights import`"
@@ -115,7 +112,7 @@ def load_weights(source: bytes | str | PathLike[str]) -> Segformer3D:
         WeightsError: It is no weights file of this project, or its tensors do not fit.
         OSError: The file cannot be read.
     """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    data = source if isinstance(source, bytes) else _path(source).read_bytes()
     return model_from_bytes(data)[0]
 
 
@@ -156,8 +153,8 @@ def import_weights(
         source: The origin's `.pt`, an NVlabs `.pth`, a Hugging Face SegFormer directory, or a
             weights file of this project.
         preprocessing: What the weights expect, where better known than by the source. The
-            origin's weights default to what its own command line feeds them (BGR, although
-            they were trained on RGB).
+            origin's weights default to the RGB they were trained on, although its own
+            command line feeds them BGR.
 
     Returns:
         The model, float32 and in eval mode, and what is known about it.
@@ -166,7 +163,7 @@ def import_weights(
         WeightsError: The source is unknown, is another architecture, or does not fit.
         OSError: A file cannot be read.
     """
-    path = Path(source)
+    path = _path(source)
     try:
         if path.is_dir():
             model, info = _import_huggingface(path)
@@ -483,6 +480,13 @@ def _load_safetensors(data: bytes) -> dict[str, Tensor]:
         return load_safetensors(data)
     except SafetensorError as error:
         raise WeightsError(f"damaged ({error}): fetch it again") from error
+
+
+def _path(source: str | PathLike[str]) -> Path:
+    path = Path(source)
+    if "\0" in str(path):
+        raise WeightsError(f"not a file name: {str(path)!r}")
+    return path
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipeline.errors import StorageError, StoreUnavailableError
 from pipeline.records import Asset, AssetKind
 from pipeline.storage import ObjectInfo, Store, escape_path
 
@@ -23,11 +24,13 @@ class Listing:
         assets: Images and videos, sorted by the bytes of their escaped paths.
         num_hidden: Files skipped because they or a folder above them start with a dot.
         ignored: Number of other files that are no asset, by lower-case extension.
+        num_unreadable: Folders skipped because they cannot be listed.
     """
 
     assets: tuple[Asset, ...]
     num_hidden: int
     ignored: Mapping[str, int]
+    num_unreadable: int = 0
 
     @property
     def num_ignored(self) -> int:
@@ -44,6 +47,8 @@ def list_assets(
 ) -> Listing:
     """List the images and videos of an archive, by extension, in all its folders.
 
+    A file that cannot be read is listed with an empty ETag, for its probe to say why.
+
     Args:
         store: The archive.
         pattern: Glob for ``compile_glob`` that keys must match; None for everything.
@@ -51,12 +56,21 @@ def list_assets(
         threads: Files fingerprinted at a time, where the listing itself has no ETag.
 
     Raises:
-        StorageError: If the store cannot be listed or a file cannot be fingerprinted.
+        StorageError: If the store cannot be listed.
     """
     found: dict[str, ObjectInfo] = {}
     ignored: Counter[str] = Counter()
+    unreadable: set[str] = set()
     num_hidden = 0
-    for info in store.glob(pattern):
+
+    def skip(key: str, error: StorageError) -> None:
+        # A store that is merely unavailable must not make the archive smaller.
+        if isinstance(error, StoreUnavailableError):
+            raise error
+        if not _is_hidden(key) and (wanted is None or wanted(f"{key}/")):
+            unreadable.add(key)
+
+    for info in store.glob(pattern, on_error=skip):
         if wanted is not None and not wanted(info.key):
             continue
         if _is_hidden(info.key):
@@ -67,7 +81,10 @@ def list_assets(
             found[escape_path(info.key)] = info
     assets = sorted(_assets(store, found, threads), key=lambda asset: asset.path.encode())
     return Listing(
-        assets=tuple(assets), num_hidden=num_hidden, ignored=dict(sorted(ignored.items()))
+        assets=tuple(assets),
+        num_hidden=num_hidden,
+        ignored=dict(sorted(ignored.items())),
+        num_unreadable=len(unreadable),
     )
 
 
@@ -84,7 +101,10 @@ def _assets(store: Store, found: Mapping[str, ObjectInfo], threads: int) -> Iter
         info = found[path]
         kind = asset_kind(info.key)
         assert kind is not None  # noqa: S101 - only assets are found
-        etag = info.etag or store.fingerprint(info.key)
+        try:
+            etag = info.etag or store.fingerprint(info.key)
+        except StorageError:
+            etag = ""
         return Asset(path=path, kind=kind, size_bytes=info.size_bytes, etag=etag)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="fingerprint") as pool:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -11,6 +11,10 @@ from pipeline.errors import ObjectNotFoundError, StorageError
 from pipeline.storage.paths import compile_glob, literal_glob
 
 Data = bytes | bytearray | memoryview
+
+
+class NoHardLinksError(StorageError):
+    """A local file system on which nothing can be created only once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,10 @@ class ObjectInfo:
     etag: str
 
 
+# Takes the key of what a listing leaves out, and why; it may raise.
+OnError = Callable[[str, StorageError], None]
+
+
 class Store(ABC):
     """Objects below one URL, by keys relative to it.
 
@@ -61,6 +69,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, key: str) -> bytes:
         """The whole object."""
+
+    def read_with_fingerprint(self, key: str) -> tuple[bytes, str]:
+        """The whole object and its ``fingerprint``, of the same bytes where the store can."""
+        return self.read(key), self.fingerprint(key)
 
     @abstractmethod
     def read_range(self, key: str, start: int, length: int) -> bytes:
@@ -82,17 +94,26 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def list(self, prefix: str = "", *, recursive: bool = True) -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, recursive: bool = True, on_error: OnError | None = None
+    ) -> Iterator[ObjectInfo]:
         """Every object below the folder ``prefix``, streamed in no promised order.
 
         Hidden files are included; folder markers, special files and the temporary files of ``put``
         are not. A folder that does not exist is empty. Links to files and folders are followed,
-        except from a folder to one that contains it.
+        except from a folder to one that contains it. With ``on_error``, a folder below the store's
+        own that cannot be read is reported and left out, and a file whose size cannot be found out
+        has size 0; without it, both raise.
         """
 
     @abstractmethod
-    def list_folders(self, prefix: str = "") -> Iterator[str]:
-        """Keys of the folders immediately below the folder ``prefix``, without a final slash."""
+    def list_folders(
+        self, prefix: str = "", *, follow_links: bool = True, on_error: OnError | None = None
+    ) -> Iterator[str]:
+        """Keys of the folders immediately below the folder ``prefix``, without a final slash.
+
+        ``on_error`` as for ``list``.
+        """
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
@@ -110,33 +131,47 @@ class Store(ABC):
         """Whether there is an object at ``key``."""
         return self.head(key) is not None
 
-    def glob(self, pattern: str | None) -> Iterator[ObjectInfo]:
+    def glob(self, pattern: str | None, *, on_error: OnError | None = None) -> Iterator[ObjectInfo]:
         """Every object that ``compile_glob(pattern)`` matches, None meaning all.
 
-        Looks only into folders that the pattern can reach.
+        Looks only into folders that the pattern can reach; ``on_error`` as for ``list``.
         """
-        return self.list() if pattern is None else self._glob("", pattern.split("/"))
+        if pattern is None:
+            return self.list(on_error=on_error)
+        return self._glob("", pattern.split("/"), on_error)
 
-    def _glob(self, folder: str, segments: Sequence[str]) -> Iterator[ObjectInfo]:
+    def _glob(
+        self, folder: str, segments: Sequence[str], on_error: OnError | None
+    ) -> Iterator[ObjectInfo]:
         first, *rest = segments
         base = f"{folder}/" if folder else ""
         name = literal_glob(first)
         if name is not None and rest:
-            yield from self._glob(base + name, rest)
+            yield from self._glob(base + name, rest, on_error)
         elif name is not None:
-            info = self.head(base + name)
+            info = self._head(base + name, on_error)
             if info is not None:
                 yield info
         elif rest and first != "**":
             matches = compile_glob(first).fullmatch
-            for child in self.list_folders(folder):
+            for child in self.list_folders(folder, on_error=on_error):
                 if matches(child.removeprefix(base)):
-                    yield from self._glob(child, rest)
+                    yield from self._glob(child, rest, on_error)
         else:
             matches = compile_glob("/".join(segments)).fullmatch
-            for info in self.list(folder, recursive=bool(rest) or first == "**"):
+            recursive = bool(rest) or first == "**"
+            for info in self.list(folder, recursive=recursive, on_error=on_error):
                 if matches(info.key.removeprefix(base)):
                     yield info
+
+    def _head(self, key: str, on_error: OnError | None) -> ObjectInfo | None:
+        try:
+            return self.head(key)
+        except StorageError as error:
+            if on_error is None:
+                raise
+            on_error(key, error)
+            return None
 
     def read_many(
         self, keys: Iterable[str], threads: int = 8

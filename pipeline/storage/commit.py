@@ -12,7 +12,7 @@ from pipeline.errors import (
     StorageError,
     StoreUnavailableError,
 )
-from pipeline.storage.base import Store
+from pipeline.storage.base import NoHardLinksError, Store
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
@@ -30,10 +30,13 @@ def create_once(store: Store, key: str, data: bytes, *, attempts: int = 6) -> by
     Raises:
         StoreUnavailableError: The outcome is unknown; the write may yet have succeeded, so the
             caller must not collect what ``data`` refers to.
+        NoHardLinksError: Nothing was written, nor can be.
     """
     for attempt in range(attempts):
         try:
             store.create(key, data)
+        except NoHardLinksError:
+            raise
         except Exception as error:  # noqa: BLE001 - no exception tells what became of the write
             failure = error
         else:
@@ -77,6 +80,8 @@ def _race(store: Store, key: str) -> list[bytes]:
         barrier.wait()
         try:
             store.create(key, data)
+        except NoHardLinksError:
+            raise
         except StorageError:
             return None
         return data

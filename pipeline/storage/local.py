@@ -20,7 +20,7 @@ from pipeline.errors import (
     StorageError,
     StoreUnavailableError,
 )
-from pipeline.storage.base import Data, ObjectInfo, Store
+from pipeline.storage.base import Data, NoHardLinksError, ObjectInfo, OnError, Store
 from pipeline.storage.paths import printable
 
 _TEMPORARY_SUFFIX = ".segformer3d-tmp"
@@ -28,6 +28,8 @@ _HASHED_BYTES = 64 * 1024
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 # What file systems without nameless files say; EISDIR is a kernel without them.
 _NEEDS_NAME = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
+# What file systems without hard links say of one: FAT, and some mounts of object stores.
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ}
 
 
@@ -46,6 +48,11 @@ class LocalStore(Store):
         with self._errors(key), self.open_seekable(key) as file:
             return file.read()
 
+    def read_with_fingerprint(self, key: str) -> tuple[bytes, str]:
+        data = self.read(key)
+        tail = data[max(0, len(data) - _HASHED_BYTES) :]
+        return data, _fingerprint(len(data), data[:_HASHED_BYTES], tail)
+
     def read_range(self, key: str, start: int, length: int) -> bytes:
         with self._errors(key), self.open_seekable(key) as file:
             file.seek(start)
@@ -63,36 +70,51 @@ class LocalStore(Store):
 
     def put(self, key: str, data: Data) -> None:
         path = self._path(key)
-        with self._errors(key), _synced_file(path.parent, data) as source:
-            _replace(source, path)
+        with self._errors(key):
+            try:
+                with _synced_file(path.parent, data) as source:
+                    _replace(source, path)
+            except _CannotLinkError:
+                with _synced_file(path.parent, data, named=True) as source:
+                    source.replace(path)
             _sync_folder(path.parent)
 
     def create(self, key: str, data: Data) -> None:
         path = self._path(key)
         with self._errors(key), _synced_file(path.parent, data) as source:
-            _link(source, path)
+            try:
+                _link(source, path)
+            except _CannotLinkError as error:
+                message = (
+                    f"{self._name(key)}: this file system has no hard links, without which "
+                    "drivers cannot share a job; use another file system or S3"
+                )
+                raise NoHardLinksError(message) from error
             _sync_folder(path.parent)
 
-    def list(self, prefix: str = "", *, recursive: bool = True) -> Iterator[ObjectInfo]:
-        folder = self._folder(prefix)
-        with self._errors(prefix):
-            try:
-                status = folder.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                return
-        if stat.S_ISDIR(status.st_mode):
+    def list(
+        self, prefix: str = "", *, recursive: bool = True, on_error: OnError | None = None
+    ) -> Iterator[ObjectInfo]:
+        folder, base = self._folder(prefix), prefix.strip("/")
+        status: os.stat_result | None = None
+        with self._reported(base, on_error), suppress(FileNotFoundError, NotADirectoryError):
+            status = folder.stat()
+        if status is not None and stat.S_ISDIR(status.st_mode):
             ancestors = ((status.st_dev, status.st_ino),) if recursive else None
-            yield from self._walk(folder, prefix.strip("/"), ancestors)
+            yield from self._walk(folder, base, ancestors, on_error)
 
-    def list_folders(self, prefix: str = "") -> Iterator[str]:
-        folder = self._folder(prefix)
-        with self._errors(prefix):
-            try:
-                names = [entry.name for entry in _entries(folder) if entry.is_dir()]
-            except (FileNotFoundError, NotADirectoryError):
-                return
-        base = prefix.strip("/")
-        yield from (_child(base, name) for name in names)
+    def list_folders(
+        self, prefix: str = "", *, follow_links: bool = True, on_error: OnError | None = None
+    ) -> Iterator[str]:
+        folder, base = self._folder(prefix), prefix.strip("/")
+        entries: Iterable[os.DirEntry[str]] = ()
+        with self._reported(base, on_error), suppress(FileNotFoundError, NotADirectoryError):
+            entries = _entries(folder)
+        for entry in entries:
+            key = _child(base, entry.name)
+            with self._reported(key, on_error):
+                if entry.is_dir(follow_symlinks=follow_links):
+                    yield key
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -111,22 +133,33 @@ class LocalStore(Store):
     def fingerprint(self, key: str) -> str:
         with self._errors(key), self.open_seekable(key) as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            digest = xxhash.xxh3_64(file.read(_HASHED_BYTES))
+            head = file.read(_HASHED_BYTES)
             file.seek(max(0, size_bytes - _HASHED_BYTES))
-            digest.update(file.read(_HASHED_BYTES))
-        return f"{size_bytes}-{digest.hexdigest()}"
+            return _fingerprint(size_bytes, head, file.read(_HASHED_BYTES))
 
     def _walk(
-        self, folder: Path, base: str, ancestors: tuple[tuple[int, int], ...] | None
+        self,
+        folder: Path,
+        base: str,
+        ancestors: tuple[tuple[int, int], ...] | None,
+        on_error: OnError | None,
     ) -> Iterator[ObjectInfo]:
-        with self._errors(base):
+        entries: Iterable[os.DirEntry[str]] = ()
+        with self._reported(base, on_error):
             entries = _entries(folder)
         for entry in entries:
             key = _child(base, entry.name)
-            with self._errors(key):
-                status = _status(entry)
+            status: os.stat_result | None = None
+            is_file = entry.is_symlink()
+            with self._reported(key, on_error):
+                try:
+                    status = _status(entry)
+                except PermissionError:
+                    is_file = is_file or entry.is_file(follow_symlinks=False)
+                    if on_error is None or not is_file:
+                        raise
             if status is None:
-                if entry.is_symlink():
+                if is_file:
                     yield ObjectInfo(key=key, size_bytes=0, etag="")
                 continue
             if stat.S_ISREG(status.st_mode):
@@ -134,7 +167,7 @@ class LocalStore(Store):
             elif stat.S_ISDIR(status.st_mode) and ancestors is not None:
                 identity = (status.st_dev, status.st_ino)
                 if identity not in ancestors:
-                    yield from self._walk(Path(entry.path), key, (*ancestors, identity))
+                    yield from self._walk(Path(entry.path), key, (*ancestors, identity), on_error)
 
     def _folder(self, prefix: str) -> Path:
         prefix = prefix.strip("/")
@@ -147,6 +180,17 @@ class LocalStore(Store):
 
     def _name(self, key: str) -> str:
         return f"{self.url}/{printable(key)}" if key else self.url
+
+    @contextmanager
+    def _reported(self, key: str, on_error: OnError | None) -> Iterator[None]:
+        """As ``_errors``, but anything below the store's own folder goes to ``on_error``."""
+        try:
+            with self._errors(key):
+                yield
+        except StorageError as error:
+            if on_error is None or not key:
+                raise
+            on_error(key, error)
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -175,6 +219,12 @@ def _url(root: str) -> str:
     return root
 
 
+def _fingerprint(size_bytes: int, head: bytes, tail: bytes) -> str:
+    digest = xxhash.xxh3_64(head)
+    digest.update(tail)
+    return f"{size_bytes}-{digest.hexdigest()}"
+
+
 def _child(base: str, name: str) -> str:
     return f"{base}/{name}" if base else name
 
@@ -198,37 +248,52 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 @contextmanager
-def _synced_file(folder: Path, data: Data) -> Iterator[Path]:
+def _synced_file(folder: Path, data: Data, *, named: bool = False) -> Iterator[Path]:
     """A file in ``folder`` that holds ``data``, synced, to be linked; gone at the end.
 
-    It has no name where the file system can do that, so a writer that is killed leaves nothing.
+    It has no name where the file system can do that, so a writer that is killed leaves nothing;
+    ``named`` asks for one all the same.
     """
     _make_folder(folder)
-    named: Path | None = None
-    try:
-        descriptor = os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno not in _NEEDS_NAME:
-            raise
-        named = _temporary_name(folder)
-        descriptor = os.open(named, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    descriptor = None if named else _open_nameless(folder)
+    name: Path | None = None
+    if descriptor is None:
+        name = _temporary_name(folder)
+        descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-            yield named or Path(f"/proc/self/fd/{descriptor}")
+            yield name or Path(f"/proc/self/fd/{descriptor}")
     finally:
-        if named is not None:
-            named.unlink(missing_ok=True)
+        if name is not None:
+            name.unlink(missing_ok=True)
+
+
+def _open_nameless(folder: Path) -> int | None:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in _NEEDS_NAME:
+            raise
+        return None
+
+
+class _CannotLinkError(Exception):
+    """The file system has no hard links."""
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a name that nobody has."""
+    """Give a file a name that nobody has; raises ``_CannotLinkError`` where none can have two."""
     folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # Only relative to a folder does Python link what /proc/self/fd leads to.
         os.link(source, target.name, dst_dir_fd=folder, follow_symlinks=True)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise _CannotLinkError from error
+        raise
     finally:
         os.close(folder)
 
@@ -237,6 +302,10 @@ def _replace(source: Path, target: Path) -> None:
     """Give a file a name, whoever has it."""
     try:
         _link(source, target)
+    except _CannotLinkError:
+        if source.parent != target.parent:
+            raise
+        source.replace(target)
     except FileExistsError:
         temporary = _temporary_name(target.parent)
         try:

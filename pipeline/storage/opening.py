@@ -1,6 +1,8 @@
 """From a URL to a store."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from glob import escape as escape_glob
 from pathlib import Path
@@ -10,12 +12,14 @@ from urllib.parse import unquote, urlsplit
 from pipeline.errors import UserError
 from pipeline.storage.base import StorageOptions, Store
 from pipeline.storage.local import LocalStore
-from pipeline.storage.paths import split_glob
+from pipeline.storage.paths import printable, split_glob
 
 if TYPE_CHECKING:
     from pipeline.storage.s3 import S3Store
 
 _ACCEPTED = "a local path, file:///path or s3://bucket/prefix"
+_NO_BUCKET_NAME = "not a bucket name: an S3 URL looks like s3://bucket/prefix"
+_MAX_SHOWN_CHARS = 200
 
 
 def open_store(url: str, options: StorageOptions | None = None, *, create: bool = False) -> Store:
@@ -85,7 +89,13 @@ def _local_path(url: str) -> str | None:
     if not separator:
         if not url or "\0" in url:
             raise UserError(f"not a storage URL: use {_ACCEPTED}")
-        return str(Path(url).expanduser().absolute())
+        if url in {"s3:", "s3:/"}:
+            raise UserError(_NO_BUCKET_NAME)
+        try:
+            return str(Path(url).expanduser().absolute())
+        except RuntimeError as error:
+            message = f"cannot open {_shown(url)}: no such user, or one without a home folder"
+            raise UserError(message) from error
     if scheme == "file":
         host, slash, path = rest.partition("/")
         if host not in {"", "localhost"} or not slash:
@@ -95,7 +105,7 @@ def _local_path(url: str) -> str | None:
         raise UserError(f"unsupported storage scheme {scheme!r}: use {_ACCEPTED}")
     bucket = rest.partition("/")[0]
     if not bucket or set(bucket) & set("@:?#% *["):
-        raise UserError("not a bucket name: an S3 URL looks like s3://bucket/prefix")
+        raise UserError(_NO_BUCKET_NAME)
     return None
 
 
@@ -114,17 +124,35 @@ def _open_local(path: str, *, create: bool) -> LocalStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if not folder.is_dir():
-        reason = "it is a file" if folder.exists() else "no such folder"
-        raise UserError(f"cannot open {folder}: {reason}")
+            message = f"cannot make the folder {_shown(str(folder))}: {error.strerror}"
+            raise UserError(message) from error
+    with _users_errors(path):
+        if not folder.is_dir():
+            reason = "it is a file" if folder.is_file() else "not a folder"
+            reason = reason if folder.exists() else "no such folder"
+            raise UserError(f"cannot open {folder}: {reason}")
     return LocalStore(str(folder))
 
 
 def _open_local_input(path: str) -> tuple[Store, str | None]:
-    if Path(path).is_file():
-        return _open_local(str(Path(path).parent), create=False), escape_glob(Path(path).name)
-    if Path(path).exists():
-        return _open_local(path, create=False), None
-    root, pattern = split_glob(path)
+    with _users_errors(path):
+        if Path(path).is_file():
+            return _open_local(str(Path(path).parent), create=False), escape_glob(Path(path).name)
+        if Path(path).exists():
+            return _open_local(path, create=False), None
+        root, pattern = split_glob(path, lambda folder: Path(folder).is_dir())
     return _open_local(root, create=False), pattern
+
+
+@contextmanager
+def _users_errors(path: str) -> Iterator[None]:
+    """What asking about a path raises, such as a name that is too long, is the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot open {_shown(path)}: {error.strerror or error}") from error
+
+
+def _shown(path: str) -> str:
+    shown = printable(path)
+    return shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}..."

@@ -1,6 +1,7 @@
 """Names: URLs and their joins, globs, and the escaped form that asset paths take in our tables."""
 
 import re
+from collections.abc import Callable
 from fnmatch import translate
 from re import Pattern
 from urllib.parse import quote
@@ -23,8 +24,14 @@ def join_url(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
-def split_glob(url: str) -> tuple[str, str | None]:
+def split_glob(
+    url: str, is_name: Callable[[str], bool] = lambda _: False
+) -> tuple[str, str | None]:
     """Split a URL before its first path segment with a wildcard (``*``, ``?`` or ``[``).
+
+    Args:
+        url: The URL.
+        is_name: Says of the URL up to such a segment whether the segment is a plain name after all.
 
     Returns:
         The folder and the pattern below it, for ``compile_glob``; the pattern is None if the URL
@@ -32,6 +39,11 @@ def split_glob(url: str) -> tuple[str, str | None]:
     """
     scheme, separator, path = url.rpartition("://")
     magic = _MAGIC.search(path)
+    while magic is not None:
+        end = path.find("/", magic.start())
+        if end < 0 or not is_name(scheme + separator + path[:end]):
+            break
+        magic = _MAGIC.search(path, end)
     if magic is None:
         return url, None
     cut = path.rfind("/", 0, magic.start()) + 1

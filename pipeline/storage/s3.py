@@ -23,7 +23,7 @@ from pipeline.errors import (
     StoreUnavailableError,
     UserError,
 )
-from pipeline.storage.base import Data, ObjectInfo, StorageOptions, Store, not_found
+from pipeline.storage.base import Data, ObjectInfo, OnError, StorageOptions, Store, not_found
 from pipeline.storage.paths import printable
 from pipeline.storage.s3_clients import BeyondEndError, Clients, connect, no_bucket, translate
 from pipeline.storage.seekable import open_blocks
@@ -90,6 +90,15 @@ class S3Store(Store):
                 return answer["Body"].read()
             return bytes(obstore.get(self._clients.reader, name).bytes())
 
+    def read_with_fingerprint(self, key: str) -> tuple[bytes, str]:
+        name = self._base + key
+        with self._errors(key):
+            if _is_odd(name):
+                answer = self._clients.boto.get_object(Bucket=self._bucket, Key=name)
+                return answer["Body"].read(), _etag(answer["ETag"])
+            result = obstore.get(self._clients.reader, name)
+            return bytes(result.bytes()), _etag(result.meta["e_tag"])
+
     def read_range(self, key: str, start: int, length: int) -> bytes:
         if length == 0:
             return b""
@@ -142,14 +151,18 @@ class S3Store(Store):
                 return
             obstore.put(self._clients.writer, name, data, mode="create", use_multipart=False)
 
-    def list(self, prefix: str = "", *, recursive: bool = True) -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, recursive: bool = True, on_error: OnError | None = None
+    ) -> Iterator[ObjectInfo]:
         for page in self._pages(prefix, "" if recursive else "/"):
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):
                     key = item["Key"].removeprefix(self._base)
                     yield _info(key, item["Size"], item.get("ETag"))
 
-    def list_folders(self, prefix: str = "") -> Iterator[str]:
+    def list_folders(
+        self, prefix: str = "", *, follow_links: bool = True, on_error: OnError | None = None
+    ) -> Iterator[str]:
         for page in self._pages(prefix, "/"):
             for item in page.get("CommonPrefixes", ()):
                 yield item["Prefix"].removeprefix(self._base).removesuffix("/")
@@ -216,4 +229,8 @@ def _is_odd(name: str) -> bool:
 
 
 def _info(key: str, size_bytes: int, etag: str | None) -> ObjectInfo:
-    return ObjectInfo(key=key, size_bytes=size_bytes, etag=(etag or "").strip('"'))
+    return ObjectInfo(key=key, size_bytes=size_bytes, etag=_etag(etag))
+
+
+def _etag(quoted: str | None) -> str:
+    return (quoted or "").strip('"')

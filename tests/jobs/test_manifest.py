@@ -82,9 +82,26 @@ def test_sealing_twice_writes_the_same_object(store):
     assert len(list(store.list("manifest/"))) == 1
 
 
-@pytest.mark.parametrize("foreign", ["shard-00000009.json", "notes.txt"])
-def test_a_record_outside_the_plan_stops_the_run(store, foreign):
-    store.put(f"gen-0000/commit/00000/{foreign}", b"{}")
+@pytest.mark.parametrize("name", ["shard-00000001.json~", ".DS_Store", "shard-00000001", "x"])
+def test_a_stray_file_is_no_record(store, name):
+    commit(store, [0])
+    store.put(f"gen-0000/commit/00000/{name}", b"{}")
+    assert load(store, 2).open_ids == (0,)
+    assert not load(store, 2).is_complete
+
+
+def test_a_damaged_snapshot_is_only_a_lost_cache(store):
+    commit(store, range(3))
+    load(store, 3).seal()
+    store.put("manifest/snapshot-0000-999999-junk.parquet", b"junk")
+    assert load(store, 3).sealed_ranges == {0}
+    for item in list(store.list("manifest/")):
+        store.put(item.key, b"junk")
+    assert load(store, 3).open_ids == (0, 1, 2)
+
+
+def test_a_record_outside_the_plan_stops_the_run(store):
+    store.put("gen-0000/commit/00000/shard-00000009.json", b"{}")
     with pytest.raises(JobError, match="does not belong to this plan"):
         load(store, 5)
 

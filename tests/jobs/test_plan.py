@@ -75,8 +75,8 @@ def test_the_listing_order_does_not_matter(archive, tmp_path, monkeypatch):
     expected = planned(job(archive, tmp_path))[1].plan_id
     listing = Store.glob
 
-    def shuffled(self, pattern):
-        items = list(listing(self, pattern))
+    def shuffled(self, pattern, **options):
+        items = list(listing(self, pattern, **options))
         random.Random(1).shuffle(items)
         yield from items
 
@@ -117,12 +117,26 @@ def test_globs_and_exclusions(archive, tmp_path):
     assert planned(single)[1].num_frames == 1
 
 
-def test_an_output_inside_the_archive_is_left_out(archive, tmp_path):
+def test_outputs_inside_the_archive_are_left_out(archive, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(archive, root)
-    write_jpeg(root / "out" / "png" / "old.jpg")
-    spec = job(root, tmp_path, output={"url": str(root / "out")})
-    assert planned(spec)[1].num_images == 11
+    for folder in ("out", "sub/png/older"):
+        write_jpeg(root / folder / "png" / "drive" / "a.jpg_color.png")
+        (root / folder / "job.json").write_text("{}")
+    write_jpeg(root / "png" / "mine.jpg")
+    for url in (str(root), f"{root}/**/*.*"):
+        spec = job(root, tmp_path, input={"url": url}, output={"url": str(root / "out")})
+        assert planned(spec)[1].num_images == 12
+
+
+def test_large_frames_make_small_shards(tmp_path):
+    for index in range(6):
+        write_jpeg(tmp_path / "a" / f"{index}.png", (4000, 500))
+    fields = {"geometry": {"short_side_px": 1024}, "shard": {"frames": 64}}
+    shards, _ = planned(job(tmp_path / "a", tmp_path, **fields))
+    frame_bytes = 3 * shards[0].input_width_px * shards[0].input_height_px
+    assert max(shard.num_frames for shard in shards) * frame_bytes <= 200 << 20
+    assert len(shards) > 1
 
 
 def test_an_archive_without_assets(tmp_path):
@@ -170,12 +184,10 @@ def small(asset, frames):
 
 
 def test_gathering_keeps_sizes_apart_and_bounds_shards():
-    slices = [((32, 32), small(f"a{n}", 3)) for n in range(5)]
-    slices.insert(1, ((64, 32), small("b", 1)))
-    slices.append(((32, 32), small("c", 19)))
-    gathered = [
-        (size, [len(part.frame_index) for part in parts]) for size, parts in gather(slices, 10)
-    ]
+    slices = [((32, 32), small(f"a{n}", 3), 10) for n in range(5)]
+    slices.insert(1, ((64, 32), small("b", 1), 10))
+    slices.append(((32, 32), small("c", 19), 10))
+    gathered = [(size, [len(part.frame_index) for part in parts]) for size, parts in gather(slices)]
     assert gathered == [
         ((32, 32), [3, 3, 3, 3]),
         ((32, 32), [3]),

@@ -95,5 +95,11 @@ def test_no_job_or_a_broken_one(store):
             read_job(store)
 
 
+def test_a_job_of_another_layout(store, record):
+    store.put("job.json", dataclasses.replace(record, layout_version=99).to_json())
+    with pytest.raises(JobError, match="its layout is 99"):
+        read_job(store)
+
+
 def test_json_round_trip(record):
     assert JobRecord.from_json(record.to_json()) == record

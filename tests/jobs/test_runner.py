@@ -1,11 +1,13 @@
 """What a run checks before it starts Ray."""
 
+import dataclasses
+
 import pytest
 
 from jobs.lease import Heartbeat, Pulse, beat, heartbeats, request_cancel, take_lease
 from jobs.runner import claim_job, load_weights, reopen_job
 from jobs.spec import check_spec
-from pipeline.errors import JobError, UserError
+from pipeline.errors import ConflictError, JobError, UserError
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY, make_job
@@ -57,8 +59,24 @@ def test_weights_by_s3_url(spec, s3_bucket_url):
     assert load_weights(asked) == b"data"
     url = f"{s3_bucket_url}/none.safetensors"
     asked = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": url})})
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="none.safetensors"):
         load_weights(asked)
+
+
+def test_a_job_with_other_outputs_is_not_resumed(spec):
+    job = claim_job(spec)
+    other = dataclasses.replace(job.record, output_version=99)
+    job.store.put("job.json", other.to_json())
+    with pytest.raises(ConflictError, match="output_version 99 there"):
+        reopen_job(job.store.url, StorageOptions())
+
+
+def test_unreadable_signs_of_life_are_no_news(tmp_path):
+    store = open_store(str(tmp_path / "job"), create=True)
+    for name in ("lease-foo.json", "heartbeat-x.json", "heartbeat-00000007.json"):
+        store.put(f"lease/{name}", b"{}")
+    assert heartbeats(store) == []
+    assert take_lease(store) == 1
 
 
 def test_leases_count_up_and_say_who_lives(tmp_path):
@@ -67,8 +85,8 @@ def test_leases_count_up_and_say_who_lives(tmp_path):
     beat(store, Heartbeat.now(1, "ended"))
     beat(
         store,
-        Heartbeat(
-            lease=2, host="elsewhere", pid=1, at="2020-01-01T00:00:00+00:00", state="running"
+        dataclasses.replace(
+            Heartbeat.now(2, "running"), host="elsewhere", at="2020-01-01T00:00:00+00:00"
         ),
     )
     assert [found.is_alive for found in heartbeats(store)] == [False, False, True]

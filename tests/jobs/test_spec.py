@@ -58,6 +58,10 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
             {**MINIMAL, "sampling": {"every_nth": 2, "frames_per_second": 1.0}},
             "exclude each other",
         ),
+        ({**MINIMAL, "sampling": {"frames_per_second": float("inf")}}, "frames_per_second"),
+        ({**MINIMAL, "limits": {"deadline_s": 1e12}}, "deadline_s"),
+        ({**MINIMAL, "limits": {"max_pixels": 10**23}}, "max_pixels"),
+        ({**MINIMAL, "shard": {"frames": True}}, r"shard\.frames: .*got True"),
         ({**MINIMAL, "input": "/a"}, "input: "),
         ([], "the job: "),
         ({"input": {"url": ""}, "output": {"url": "/b"}}, r"input\.url"),
@@ -74,6 +78,10 @@ def test_mistakes_are_named(fields, complaint):
     [
         ("input: [", [], "not YAML"),
         ("- a", [], "a job is a mapping"),
+        ("input: {url: a}\ninput: {url: b}", [], "'input' stands twice"),
+        ("shard: {frames: 2001-99-99}", [], "not YAML"),
+        ("[" * 3000, [], "not YAML"),
+        ("a: !!python/object/apply:os.getcwd []", [], "not YAML"),
         ("{}", ["shard.frames"], "write --set section.key=value"),
         ("shard: 3", ["shard.frames=3"], "shard is not a section"),
         ("{}", ["shard.frames=["], "not YAML"),
@@ -93,6 +101,24 @@ def test_a_missing_or_binary_file(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):
         load_spec(str(tmp_path / "binary"), [], {})
+
+
+def test_one_place_has_one_name(tmp_path):
+    fields = {"input": {"url": f"file://{tmp_path}/a%20b/"}, "output": {"url": "s3://"}}
+    job = check_spec(fields, "the job")
+    assert job.input.url == f"{tmp_path}/a b"
+    assert job.output.url == "s3://"
+    with pytest.raises(UserError, match="no such user"):
+        check_spec({"input": {"url": "~nobody-here/x"}, "output": {"url": "/b"}}, "the job")
+
+
+def test_a_bomb_of_aliases_stays_short():
+    bomb = ["x"] * 9
+    for _ in range(6):
+        bomb = [bomb] * 9
+    with pytest.raises(UserError) as caught:
+        check_spec({"input": {"url": bomb}, "output": {"url": "/b"}}, "the job")
+    assert len(str(caught.value)) < 500
 
 
 def test_identity_holds_what_decides_the_outputs():

@@ -2,8 +2,11 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from jobs.manifest import Manifest
 from jobs.status import find_jobs, job_status
 from jobs.verify import verify_job
 from pipeline.errors import UserError
@@ -91,6 +94,51 @@ def test_foreign_objects(job):
     job.store.delete(["gen-0000/commit/00000/shard-00000099.json"])
     job.store.put("gen-0000/data/holiday.parquet", b"x")
     assert "foreign" in findings(job).faults[0]
+
+
+@pytest.fixture
+def sealed(job):
+    Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards).seal()
+    return job
+
+
+def test_records_are_read_though_they_are_sealed(sealed):
+    assert findings(sealed).is_complete
+    rewrite_record(sealed, lambda fields: fields.update(num_ok=0))
+    assert "not what the sealed manifest says" in findings(sealed).faults[0]
+    sealed.store.delete([GENERATION.commit_key(0)])
+    assert "not what the sealed manifest says" in findings(sealed).faults[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "data", "named"),
+    [
+        (GENERATION.commit_key(0), b'{"files": 5}', "malformed"),
+        (GENERATION.commit_key(0), b"{", "malformed"),
+        ("gen-0000/commit/00000/.DS_Store", b"x", "not a commit record"),
+        ("PART", b"cut", "cannot be read"),
+    ],
+)
+def test_whatever_is_broken_is_named_and_the_rest_is_checked(job, key, data, named):
+    job.store.put(job.plan.parts[0].key if key == "PART" else key, data)
+    found = findings(job)
+    assert any(named in fault for fault in found.faults)
+    assert key == "PART" or found.num_rows >= 9
+
+
+def test_a_record_that_points_elsewhere(job):
+    file = {"path": "../../x", "size_bytes": 1, "sha256": ""}
+    rewrite_record(job, lambda fields: fields.update(files=[file]))
+    assert "../../x" in findings(job).faults[0]
+
+
+def test_a_changed_plan_is_found(job):
+    key = job.plan.parts[0].key
+    table = pq.read_table(pa.BufferReader(job.store.read(key)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.slice(0, table.num_rows - 1), sink)
+    job.store.put(key, sink.getvalue().to_pybytes())
+    assert any("another plan" in fault for fault in findings(job).faults)
 
 
 def test_orphans_are_named_but_no_fault(job):

@@ -128,6 +128,29 @@ def test_every_bad_input_is_typed_and_the_rest_is_dense(tmp_path):
     assert np.array_equal(decoded.pixels[1], resize(picture(seed=1), SIZE))
 
 
+def test_a_file_of_the_same_size_that_changed_is_not_decoded(tmp_path, worker):
+    for name, seed in (("a.bmp", 0), ("b.bmp", 1)):
+        (tmp_path / name).write_bytes(encode_image(picture(seed=seed), "BMP"))
+    video = write_video(tmp_path / "c.mp4", num_frames=3)
+    parts = slices_of(tmp_path, worker)
+    assert kinds(worker.decode_shard(shard(tmp_path, parts))) == [None] * 5
+    (tmp_path / "b.bmp").write_bytes(encode_image(picture(seed=2), "BMP"))
+    data = bytearray(video.read_bytes())
+    data[-1] ^= 1
+    video.write_bytes(data)
+    decoded = worker.decode_shard(shard(tmp_path, parts))
+    assert kinds(decoded) == [None, *["fetch"] * 4]
+    for frame in decoded.frames[1:]:
+        assert frame.error == "the file has changed since it was planned"
+
+
+def test_what_could_not_be_listed_is_typed(tmp_path, worker):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "nowhere")
+    parts = slices_of(tmp_path, worker)
+    assert [part.error_kind for part in parts] == ["not_found"] * 2
+
+
 def test_a_shard_without_good_frames(tmp_path, worker):
     decoded = worker.decode_shard(shard(tmp_path, [image_slice("gone.jpg", 5)]))
     assert kinds(decoded) == ["not_found"]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import StorageError, StoreUnavailableError
 from pipeline.records import Asset
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.listing import list_assets
@@ -68,6 +69,66 @@ def test_pattern_selects(tmp_path):
     fill(tmp_path, "a/1.jpg", "a/b/2.jpg", "c/3.jpg")
     listing = list_assets(open_store(str(tmp_path)), "a/**/*.jpg")
     assert [asset.path for asset in listing.assets] == ["a/1.jpg", "a/b/2.jpg"]
+
+
+def refuse_folder(monkeypatch, path, error):
+    real = os.scandir
+
+    def scandir(folder):
+        if os.fspath(folder) == str(path):
+            raise error
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_what_cannot_be_read_stays_for_its_probe_to_say_why(tmp_path, monkeypatch):
+    fill(tmp_path, "a.jpg", "secret.jpg", "vanished.jpg", "skipped.jpg")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    store = open_store(str(tmp_path))
+    real, asked = store.fingerprint, []
+
+    def fingerprint(key):
+        asked.append(key)
+        if key == "secret.jpg":
+            raise StorageError("permission denied")
+        if key == "vanished.jpg":
+            (tmp_path / key).unlink()
+        return real(key)
+
+    monkeypatch.setattr(store, "fingerprint", fingerprint)
+    listing = list_assets(store, wanted=lambda key: key != "skipped.jpg")
+    assert [(asset.path, bool(asset.etag)) for asset in listing.assets] == [
+        ("a.jpg", True),
+        ("dangling.jpg", False),
+        ("secret.jpg", False),
+        ("vanished.jpg", False),
+    ]
+    assert "skipped.jpg" not in asked
+
+
+@pytest.mark.parametrize("pattern", [None, "**/*.jpg", "*/*.jpg"])
+def test_an_unreadable_folder_is_counted_unless_it_is_not_wanted(tmp_path, monkeypatch, pattern):
+    fill(tmp_path, "good/a.jpg", "lost/b.jpg", ".lost/c.jpg")
+    store = open_store(str(tmp_path))
+    refuse_folder(monkeypatch, tmp_path / "lost", PermissionError(13, "Permission denied"))
+    listing = list_assets(store, pattern)
+    assert [asset.path for asset in listing.assets] == ["good/a.jpg"]
+    assert listing.num_unreadable == 1
+    listing = list_assets(store, pattern, wanted=lambda key: not key.startswith("lost/"))
+    assert (len(listing.assets), listing.num_unreadable) == (1, 0)
+
+
+def test_the_archive_itself_must_be_readable_and_available(tmp_path, monkeypatch):
+    fill(tmp_path, "a/a.jpg", "b/b.jpg")
+    store = open_store(str(tmp_path))
+    with monkeypatch.context() as patch:
+        refuse_folder(patch, tmp_path, PermissionError(13, "Permission denied"))
+        with pytest.raises(StorageError, match="permission denied"):
+            list_assets(store)
+    refuse_folder(monkeypatch, tmp_path / "a", OSError(5, "Input/output error"))
+    with pytest.raises(StoreUnavailableError, match="Input/output error"):
+        list_assets(store)
 
 
 def video(pts, keyframes, *, time_base=Fraction(1, 30), **fields):

@@ -44,6 +44,7 @@ from pipeline.storage import (
     split_glob,
     unescape_path,
 )
+from pipeline.storage.base import NoHardLinksError
 from pipeline.storage.local import LocalStore
 
 BACKENDS = ("local", "weed", "moto")
@@ -99,6 +100,15 @@ def refuse_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
+
+
+def refuse_links(monkeypatch: pytest.MonkeyPatch, number: int = errno.EPERM) -> None:
+    """As FAT does."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
 
 
 def current_umask() -> int:
@@ -232,6 +242,9 @@ class TestObjects:
         second = store.fingerprint("k")
         store.put("k", b"1" * 199_999)
         assert len({first, second, store.fingerprint("k")}) == 3
+        for data in (b"", b"x", os.urandom(100_000), os.urandom(300_000)):
+            store.put("k", data)
+            assert store.read_with_fingerprint("k") == (data, store.fingerprint("k"))
         info = store.head("k")
         assert info is not None
         assert info.etag in {"", store.fingerprint("k")}
@@ -398,6 +411,84 @@ class TestLocal:
         assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["a", "b"]
         for name in ("a", "b"):
             assert (tmp_path / "x" / name).stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+    @pytest.mark.parametrize("nameless", [True, False])
+    @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+    def test_without_hard_links(
+        self,
+        store: Store,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        nameless: bool,
+        number: int,
+    ):
+        refuse_links(monkeypatch, number)
+        if not nameless:
+            refuse_nameless_files(monkeypatch)
+        for data in (b"first", b"second"):
+            store.put("x/a", data)
+            assert store.read("x/a") == data
+        for create in (
+            lambda: store.create("x/b", b"only"),
+            lambda: create_once(store, "x/b", b"only"),
+            lambda: probe_conditional_writes(store, "x"),
+        ):
+            with pytest.raises(NoHardLinksError, match="this file system has no hard links"):
+                create()
+        assert [path.name for path in (tmp_path / "x").iterdir()] == ["a"]
+
+    def test_reports_what_a_listing_leaves_out(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        for key in ("a/k", "b/k", "b/c/k"):
+            store.put(key, b"v")
+        real = os.scandir
+
+        def scandir(folder: Path):
+            if Path(folder).name == "b":
+                raise PermissionError(13, "Permission denied")
+            return real(folder)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        for pattern, expected in ((None, ["a/k"]), ("*/*", ["a/k"]), ("*/*/k", []), ("b/*", [])):
+            with pytest.raises(ObjectForbiddenError):
+                list(store.glob(pattern))
+            reported: list[str] = []
+            found = store.glob(pattern, on_error=lambda key, _, to=reported: to.append(key))
+            assert [info.key for info in found] == expected
+            assert reported == ["b"]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may search everything")
+    def test_a_folder_that_may_be_listed_but_not_searched(self, store: Store, tmp_path: Path):
+        store.put("a/b/k", b"v")
+        store.put("a/k", b"v")
+        (tmp_path / "a").chmod(0o400)
+        reported: list[str] = []
+        found = list(store.glob(None, on_error=lambda key, _: reported.append(key)))
+        (tmp_path / "a").chmod(0o700)
+        assert [(info.key, info.size_bytes) for info in found] == [("a/k", 0)]
+        assert reported == ["a/b"]
+
+    def test_a_file_whose_size_is_refused_is_listed(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        store.put("k", b"v")
+        (tmp_path / "link").symlink_to(tmp_path / "k")
+
+        def refuse(_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("pipeline.storage.local._status", refuse)
+        with pytest.raises(ObjectForbiddenError):
+            list(store.list())
+        found = store.list(on_error=lambda key, _: pytest.fail(key))
+        assert [(info.key, info.size_bytes) for info in found] == [("k", 0), ("link", 0)]
+
+    def test_folders_without_links(self, store: Store, tmp_path: Path):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "loop").symlink_to(tmp_path)
+        assert list(store.list_folders()) == ["a", "loop"]
+        assert list(store.list_folders(follow_links=False)) == ["a"]
 
     def test_a_killed_writer_leaves_nothing(self, tmp_path: Path):
         for delay_s in (0.02, 0.05, 0.08, 0.11, 0.14):
@@ -847,6 +938,11 @@ class TestOpening:
             "simplecache::s3://bucket/x",
             "s3://",
             "s3:///x",
+            "s3:",
+            "s3:/",
+            "~nobody-of-this-name/x",
+            "x" * 5000,
+            "x/" * 2500,
             "s3://key:secret@bucket/x",
             "file://host/x",
             "file://x",
@@ -860,6 +956,8 @@ class TestOpening:
                 open_(url)
             assert "\n" not in str(caught.value)
             assert "secret" not in str(caught.value)
+            assert len(str(caught.value)) < 500
+            assert url[:3] != "s3:" or "not a bucket name" in str(caught.value)
 
     @pytest.mark.parametrize(
         "endpoint", ["host:9000", "ftp://host", "http://", "https://key:secret@host"]
@@ -885,6 +983,10 @@ class TestOpening:
         (tmp_path / "file").write_bytes(b"")
         with pytest.raises(UserError, match="it is a file"):
             open_store(str(tmp_path / "file"))
+        os.mkfifo(tmp_path / "pipe")
+        for open_ in (open_store, open_input):
+            with pytest.raises(UserError, match="not a folder"):
+                open_(str(tmp_path / "pipe"))
         with pytest.raises(UserError, match="cannot make the folder"):
             open_store(str(tmp_path / "file" / "below"), create=True)
 
@@ -910,6 +1012,23 @@ class TestOpening:
             assert found(f"{url}/d/b[1].jpg") == [f"{url}/d/b[1].jpg"]
             with pytest.raises(UserError, match="no such folder"):
                 open_input(f"{url}/absent")
+
+    def test_folders_named_like_globs(self, tmp_path: Path):
+        for name in ("one [x]/a[1]/k.jpg", "one x/k.jpg", "a1/k.jpg", "one [x]/k.jpg"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+
+        def found(pattern: str) -> list[str]:
+            store, below = open_input(f"{tmp_path}/{pattern}")
+            urls = [join_url(store.url, info.key) for info in store.glob(below)]
+            return sorted(url.removeprefix(f"{tmp_path}/") for url in urls)
+
+        assert found("one [x]/*.jpg") == ["one [x]/k.jpg"]
+        assert found("one [x]/a[1]/*.jpg") == ["one [x]/a[1]/k.jpg"]
+        assert found("one [x]/**/*.jpg") == ["one [x]/a[1]/k.jpg", "one [x]/k.jpg"]
+        assert found("a[1]/*.jpg") == ["a1/k.jpg"]
+        with pytest.raises(UserError, match="no such folder"):
+            found("one [x]/absent")
 
     def test_import_is_light(self, project_root: Path):
         code = (
@@ -941,6 +1060,15 @@ class TestNames:
     )
     def test_split_glob(self, url: str, root: str, pattern: str | None):
         assert split_glob(url) == (root, pattern)
+
+    def test_split_glob_at_the_first_segment_that_is_no_name(self):
+        names = {"/a/b[1]", "/a/b[1]/c?"}
+        for url, expected in (
+            ("/a/b[1]/c?/*.jpg", ("/a/b[1]/c?", "*.jpg")),
+            ("/a/b[1]/d?/c?/k", ("/a/b[1]", "d?/c?/k")),
+            ("/a/b[1]/k", ("/a/b[1]/k", None)),
+        ):
+            assert split_glob(url, names.__contains__) == expected
 
     @pytest.mark.parametrize(
         ("pattern", "matches", "differs"),

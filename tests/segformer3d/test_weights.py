@@ -4,11 +4,13 @@ The foreign networks have every parameter and buffer randomised: their own initi
 running means are zero and their epsilons invisible, which would hide errors.
 """
 
+import hashlib
 import json
 import pickle
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +21,8 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
+from jobs.weights import import_to_file
+from pipeline.errors import UserError
 from segformer3d.config import (
     IMAGENET_PREPROCESSING,
     METRIC_DEPTH,
@@ -41,7 +45,6 @@ from segformer3d.weights import (
     remap_origin,
     save_weights,
     untrained_weights,
-    weights_sha256,
     weights_to_bytes,
 )
 
@@ -524,6 +527,27 @@ def test_a_missing_file_is_an_os_error(tmp_path):
             read(tmp_path / "none.pth")
 
 
+def test_the_verb_blames_what_is_to_blame_and_says_it_once(tmp_path, monkeypatch):
+    source, target = tmp_path / "source.safetensors", tmp_path / "no" / "target.safetensors"
+
+    def refusal():
+        with pytest.raises(UserError) as error:
+            import_to_file(str(source), str(target))
+        return str(error.value)
+
+    assert refusal() == f"weights {source}: no such file or folder"
+    source.write_bytes(b"nonsense")
+    assert refusal().count(str(source)) == 1
+    source.write_bytes(untrained_weights(TINY))
+    assert refusal() == f"{target}: No such file or directory"
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert refusal() == f"weights {source}: Permission denied"
+
+
 def test_remaps_do_not_change_their_argument(nvlabs):
     _, state = nvlabs
     names = list(state)
@@ -606,16 +630,31 @@ def test_a_weights_file_is_strict(small):
         one_line(error)
 
 
+@pytest.mark.parametrize("metadata", [None, [], "x", 5])
+def test_metadata_of_another_shape_is_refused(metadata):
+    header = json.dumps({"__metadata__": metadata}).encode()
+    with pytest.raises(WeightsError, match="its metadata is no JSON object") as error:
+        read_info(struct.pack("<Q", len(header)) + header)
+    one_line(error)
+
+
+def test_a_name_that_no_file_can_have_is_refused(small):
+    for use in (read_info, load_weights, import_weights, lambda path: save_weights(path, *small)):
+        with pytest.raises(WeightsError, match="not a file name") as error:
+            use("a\0b.safetensors")
+        one_line(error)
+
+
 def test_untrained_weights_are_the_same_bytes_everywhere():
     data = untrained_weights(TINY)
     assert untrained_weights(TINY) == data
     assert untrained_weights(TINY, seed=1) != data
     code = (
-        "import sys; from segformer3d.weights import *;"
-        f"print(weights_sha256(untrained_weights({TINY!r})))"
+        "import hashlib; from segformer3d.weights import untrained_weights;"
+        f"print(hashlib.sha256(untrained_weights({TINY!r})).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert other.stdout.strip() == weights_sha256(data)
+    assert other.stdout.strip() == hashlib.sha256(data).hexdigest()
     info = read_info(data)
     assert not info.trained
     assert "untrained" in info.training_data

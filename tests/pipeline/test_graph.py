@@ -1,0 +1,23 @@
+import warnings
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from pipeline import graph
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2, 3, 4, 8, 64])
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_every_stage_fits_beside_the_actors(num_cpus: int, num_gpus: int) -> None:
+    resources = graph.choose_resources(num_cpus, num_gpus)
+    actors = resources.max_actors * resources.cpus_per_actor
+    # One task reads the plan; decode and publish each have as many as they may.
+    tasks = (1 + 2 * resources.max_io_tasks) * graph._IO_TASK_CPUS
+    assert actors + tasks <= num_cpus
+
+
+def test_no_more_actors_than_are_wanted() -> None:
+    assert graph.choose_resources(16, 0, max_actors=3).max_actors == 3
+    assert graph.choose_resources(16, 4).max_actors == 4
+    assert graph.choose_resources(16, 4).gpus_per_actor == 1
