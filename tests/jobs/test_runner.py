@@ -59,7 +59,7 @@ def test_weights_by_s3_url(spec, s3_bucket_url):
     assert load_weights(asked) == b"data"
     url = f"{s3_bucket_url}/none.safetensors"
     asked = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": url})})
-    with pytest.raises(UserError, match="none.safetensors"):
+    with pytest.raises(UserError, match=r"none\.safetensors"):
         load_weights(asked)
 
 
