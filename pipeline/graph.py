@@ -6,6 +6,7 @@ a pool of actors holds the model; Ray Data's backpressure bounds what waits betw
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -146,9 +147,7 @@ def build_graph(
             zero_copy_batch=True,
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.gpus_per_actor,
-            # By default a shard that kills its actor is tried for ever.
-            max_restarts=-1,
-            max_task_retries=_MAX_SHARD_RETRIES,
+            ray_remote_args_fn=_retry_rules,
             compute=ray.data.ActorPoolStrategy(
                 min_size=resources.min_actors, max_size=resources.max_actors
             ),
@@ -179,7 +178,10 @@ def run_graph(
         resources: What to take of the cluster.
     """
     _configure_ray_data()
-    dataset = build_graph(context, parts, weights, resources)
+    with warnings.catch_warnings():
+        # The only way that Ray 2.60 has to bound an actor's retries is announced to go in 2.64.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        dataset = build_graph(context, parts, weights, resources)
     yield from _receipts(dataset)
 
 
@@ -198,6 +200,11 @@ def run_png_graph(
         _WritePngs(context), batch_size=1, batch_format="pyarrow", num_cpus=_IO_TASK_CPUS
     )
     yield from _receipts(dataset)
+
+
+def _retry_rules() -> dict[str, int]:
+    """By default a shard that kills its actor is tried for ever; an actor restarts as ever."""
+    return {"max_task_retries": _MAX_SHARD_RETRIES}
 
 
 class _AnnotateActor(AnnotateShard):

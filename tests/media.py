@@ -110,7 +110,8 @@ def _codec_options(codec: str, gop: int, b_frames: int, x264_params: str) -> dic
         params = f"keyint={gop}:min-keyint={gop}:bframes={b_frames}:pools=1:log-level=none"
         return {"x265-params": f"{params}:{x264_params}".rstrip(":"), "preset": "ultrafast"}
     if codec == "libx264":
-        params = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes={b_frames}:b-adapt=0"
+        # mbtree would give now and then another file from the same frames.
+        params = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes={b_frames}:b-adapt=0:mbtree=0"
         return {"x264-params": f"{params}:{x264_params}".rstrip(":"), "preset": "fast"}
     return {"g": str(gop)}
 
