@@ -179,7 +179,10 @@ def test_cut_transport_stream_is_shorter(tmp_path):
     frames, errors = read_sliced(path, 20)
     assert len(frames) > 20
     assert len(errors) <= 1
-    assert all(np.array_equal(frames[index], expected[index]) for index in frames)
+    # A transport stream does not say how long its last picture is: if the entropy coder takes what
+    # is left of it, nothing shows that it was cut.
+    whole = set(frames) - {max(frames)}
+    assert all(np.array_equal(frames[index], expected[index]) for index in whole)
 
 
 def test_edit_lists_leave_frames_out_on_purpose(tmp_path):
