@@ -118,7 +118,8 @@ def claim_job(spec: JobSpec) -> OpenJob:
     held = claim_output(store, record, single_driver=spec.output.single_driver)
     if store.head(held.weights_key) is None:
         store.put(held.weights_key, weights)
-    _check_weights(store, held, spec)
+    else:
+        _check_weights(store, held, spec)
     return OpenJob(store=store, record=held, spec=spec)
 
 

@@ -151,9 +151,8 @@ class AnnotateShard:
         statistics: list[FrameStatistics] = []
         for rows, said in self._predictions(shard, [frames[index] for index in good]):
             for place, row in enumerate(rows):
-                failure = _failure(said, place)
-                if said is None or failure is not None:
-                    kind, message = failure or _NO_MEMORY
+                if said is None or not said.finite[place]:
+                    kind, message = _NO_MEMORY if said is None else _NON_FINITE
                     frames[good[row]] = replace(frames[good[row]], error_kind=kind, error=message)
                     continue
                 statistics.append(frame_statistics(said, place, self.codec))
@@ -301,12 +300,6 @@ def depth_percentiles(depth_m: np.ndarray) -> tuple[float | None, ...]:
     if valid.size == 0:
         return None, None, None
     return tuple(np.percentile(valid, (5, 50, 95)).tolist())
-
-
-def _failure(said: "Predictions | None", place: int) -> tuple[ErrorKind, str] | None:
-    if said is None:
-        return _NO_MEMORY
-    return None if said.finite[place] else _NON_FINITE
 
 
 def _nothing(*binaries: str) -> pa.Table:
