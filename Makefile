@@ -39,7 +39,7 @@ format: setup
 
 # Renew every pin; no index address goes into the file.
 lock: setup
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra train \
 		--generate-hashes --no-emit-index-url --no-header pyproject.toml --output-file requirements.lock
 
 # The JSON schema of a job file, for editors.

@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 
 import click
 
+from jobs.cli_evaluate import evaluate
+from jobs.cli_model import attention, predict
+from jobs.cli_train import fetch, train
 from pipeline.errors import ObjectForbiddenError, Segformer3dError, UserError
 from pipeline.storage import StorageOptions
 
@@ -44,7 +47,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.ClickException, Segformer3dError) as error:
         return _failed(error)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        return _complain("interrupted; go on with `segformer3d resume`", EXIT_INTERRUPTED)
+        return _complain("interrupted; a job goes on with `segformer3d resume`", EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
@@ -214,11 +217,12 @@ def weights() -> None:
 @weights.command("import")
 @click.argument("source", metavar="SOURCE")
 @click.argument("target", metavar="TARGET.safetensors")
-def weights_import(source: str, target: str) -> None:
+@click.option("--half", is_flag=True, help="Store them as float16, half the size.")
+def weights_import(source: str, target: str, half: bool) -> None:
     """Turn the origin's .pt, an NVlabs .pth or a Hugging Face folder into our format."""
     from jobs.weights import import_to_file
 
-    click.echo(import_to_file(source, target))
+    click.echo(import_to_file(source, target, half=half))
 
 
 @weights.command("show")
@@ -230,6 +234,13 @@ def weights_show(path: str, as_json: bool) -> None:
 
     fields = describe(path)
     _print(fields, as_json, "\n".join(f"{name}: {value}" for name, value in fields.items()))
+
+
+cli.add_command(predict)
+cli.add_command(attention)
+cli.add_command(evaluate)
+cli.add_command(train)
+weights.add_command(fetch)
 
 
 def _spec(

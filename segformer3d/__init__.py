@@ -8,11 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from segformer3d.attention import AttentionProbe, StageAttention
     from segformer3d.config import DepthCodec, ModelConfig, Preprocessing, WeightsInfo
     from segformer3d.model import DenseOutputs, Segformer3D, build_model
     from segformer3d.predictor import Predictions, Predictor
     from segformer3d.weights import (
         WeightsError,
+        bundled_weights,
         import_weights,
         load_weights,
         model_from_bytes,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AttentionProbe",
     "DenseOutputs",
     "DepthCodec",
     "ModelConfig",
@@ -29,9 +32,11 @@ __all__ = [
     "Predictor",
     "Preprocessing",
     "Segformer3D",
+    "StageAttention",
     "WeightsError",
     "WeightsInfo",
     "build_model",
+    "bundled_weights",
     "import_weights",
     "load_weights",
     "model_from_bytes",
@@ -41,11 +46,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "segformer3d.attention": ("AttentionProbe", "StageAttention"),
     "segformer3d.config": ("DepthCodec", "ModelConfig", "Preprocessing", "WeightsInfo"),
     "segformer3d.model": ("DenseOutputs", "Segformer3D", "build_model"),
     "segformer3d.predictor": ("Predictions", "Predictor"),
     "segformer3d.weights": (
         "WeightsError",
+        "bundled_weights",
         "import_weights",
         "load_weights",
         "model_from_bytes",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -107,6 +107,8 @@ class ModelConfig:
         patch_norm_eps: Epsilon of the norms in patch embeddings and attention reductions.
         block_norm_eps: Epsilon of the norms of blocks and stages.
         head_norm_eps: Epsilon of the heads' batch norms.
+        depth_activation: `identity`: the depth head's output is the depth; `exp`: it is the
+            depth's natural logarithm, so that depth is positive and errors are relative.
     """
 
     variant: str = "mit_b0"
@@ -116,6 +118,7 @@ class ModelConfig:
     patch_norm_eps: float = 1e-5
     block_norm_eps: float = 1e-6
     head_norm_eps: float = 1e-5
+    depth_activation: Literal["identity", "exp"] = "identity"
 
     def __post_init__(self) -> None:
         if not self.timm_name:
@@ -124,6 +127,10 @@ class ModelConfig:
             raise ValueError(f"head_width must be at least 1, not {self.head_width}")
         if self.num_classes is not None and not 1 <= self.num_classes <= 255:
             raise ValueError(f"num_classes must be 1 to 255 or null, not {self.num_classes}")
+        if self.depth_activation not in ("identity", "exp"):
+            raise ValueError(
+                f"depth_activation must be identity or exp, not {self.depth_activation!r}"
+            )
         if self.num_classes is None and not self.has_depth:
             raise ValueError("a model needs at least one head: set num_classes or has_depth")
 
@@ -265,6 +272,11 @@ class WeightsInfo:
         depth_codec: How its depth is encoded; None exactly when there is no depth head.
         training_data: What it was trained on, for people.
         trained: False for randomly initialised weights.
+        short_side_px: Frames' short side in training; None if unknown. Metric depth is right for
+            frames of that size, and `Predictor` scales it for others: a picture twice the size
+            looks as if everything were twice as near.
+        terms: What the weights may be used for; empty if nobody said.
+        quality: What was measured, by name, on data that was not trained on.
     """
 
     config: ModelConfig
@@ -272,8 +284,13 @@ class WeightsInfo:
     depth_codec: DepthCodec | None
     training_data: str
     trained: bool = True
+    short_side_px: int | None = None
+    terms: str = ""
+    quality: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.short_side_px is not None and self.short_side_px < 1:
+            raise ValueError(f"short_side_px must be positive or null, not {self.short_side_px}")
         if self.config.has_depth != (self.depth_codec is not None):
             raise ValueError("a depth codec belongs to weights with a depth head, and only to them")
 
@@ -285,6 +302,9 @@ class WeightsInfo:
             "depth_codec": self.depth_codec.to_dict() if self.depth_codec else None,
             "training_data": self.training_data,
             "trained": self.trained,
+            "short_side_px": self.short_side_px,
+            "terms": self.terms,
+            "quality": dict(self.quality),
         }
 
     @classmethod
@@ -298,11 +318,14 @@ class WeightsInfo:
             depth_codec=None if codec is None else DepthCodec.from_dict(codec),
             training_data=values["training_data"],
             trained=values["trained"],
+            short_side_px=values["short_side_px"],
+            terms=values["terms"],
+            quality=values["quality"],
         )
 
 
 def _exact(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(cls)}
+    names = {item.name for item in fields(cls)}
     if unknown := sorted(set(data) - names):
         raise ValueError(f"{cls.__name__}: unknown keys: {', '.join(unknown)}")
     if missing := sorted(names - set(data)):

@@ -1,11 +1,11 @@
-"""Pictures for people: class colours, depth colours, overlays and three-panel frames.
+"""Pictures for people: class colours, depth colours, overlays, three-panel frames, attention.
 
 Every picture is uint8 (H, W, 3) in RGB. Depth is float32 in metres, or in a model's own units
 where it is relative; a pixel that is not finite or not above 0 is invalid.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
 import cv2
@@ -13,23 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 from segformer3d.labels import CLASSES, NUM_CLASSES, PALETTE
+from segformer3d.lettering import INK, Lettering, blank, lettering_for
 
 U8Array = npt.NDArray[np.uint8]
 F32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
-Color = tuple[int, int, int]
 
 NEAR_M: Final = 2.0
 FAR_M: Final = 80.0
 OVERLAY_ALPHA: Final = 0.55
+ATTENTION_ALPHA: Final = 0.7
+MIN_ATTENTION: Final = 1 / 8
+MAX_ATTENTION: Final = 32.0
 
 _INVALID_GREY: Final = 56
 _PANEL_GREY: Final = 96
-_PAPER: Final = (24, 24, 24)
-_INK: Final = (235, 235, 235)
-_FONT: Final = cv2.FONT_HERSHEY_SIMPLEX
 _LEGEND_ROWS: Final = 4
 _TICKS_M: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+_TICKS_ATTENTION: Final = {"1/8": 0.0, "even": 0.375, "x 4": 0.625, "x 32": 1.0}
+_MAX_TILE_PX: Final = 640
+_TILE_GAP_PX: Final = 4
 
 
 def colorize_classes(class_ids: U8Array) -> U8Array:
@@ -131,57 +134,37 @@ def colorize_depth(depth: F32Array, *, near_m: float = NEAR_M, far_m: float = FA
     return picture
 
 
-def colorize_relative_depth(depth: F32Array) -> U8Array:
-    """Paints depth of unknown scale with the plasma map: low is dark, high is bright.
+def relative_span(depth: F32Array) -> tuple[float, float] | None:
+    """Returns the 2nd and 98th percentile of the valid depth, None where there is none.
 
-    The ends are the 2nd and 98th percentile of the frame's own valid pixels, so colours of two
-    frames do not compare.
+    Args:
+        depth: float32 of any shape; NaN, infinite, 0 or below is invalid.
+    """
+    values = depth[valid_depth(depth)]
+    if not values.size:
+        return None
+    low, high = np.percentile(values, (2, 98))
+    return float(low), float(high)
+
+
+def colorize_relative_depth(depth: F32Array, *, span: tuple[float, float] | None = None) -> U8Array:
+    """Paints depth of unknown scale with the plasma map: low is dark, high is bright.
 
     Args:
         depth: float32 (H, W); NaN, infinite, 0 or below is invalid and drawn dark grey.
+        span: Depths of the darkest and the brightest colour; one span for all frames of a video
+            keeps its colours from flickering. By default the frame's own `relative_span`, so
+            that colours of two frames do not compare.
 
     Returns:
         uint8 (H, W, 3), RGB.
     """
     valid = valid_depth(depth)
-    low, high = np.percentile(depth[valid], (2, 98)) if valid.any() else (0.0, 1.0)
-    spread = max(float(high - low), 1e-12)
+    low, high = span or relative_span(depth) or (0.0, 1.0)
+    spread = max(high - low, 1e-12)
     picture = _color_ramp(((np.where(valid, depth, low) - low) / spread).astype(np.float32))
     picture[~valid] = _INVALID_GREY
     return picture
-
-
-@dataclass(frozen=True, slots=True)
-class _Lettering:
-    """Text size for a panel of some size; one row of a legend is `row_px` high."""
-
-    row_px: int
-    scale: float
-    thickness: int
-
-    @property
-    def baseline_px(self) -> int:
-        return round(0.72 * self.row_px)
-
-    def width_px(self, text: str) -> int:
-        return int(cv2.getTextSize(text, _FONT, self.scale, self.thickness)[0][0])
-
-    def write(self, picture: U8Array, text: str, x_px: int, y_px: int, ink: Color = _INK) -> None:
-        """Writes `text` into the row whose top left corner is (x_px, y_px)."""
-        origin = (x_px, y_px + self.baseline_px)
-        cv2.putText(picture, text, origin, _FONT, self.scale, ink, self.thickness, cv2.LINE_AA)
-
-
-def _lettering(width_px: int, height_px: int) -> _Lettering | None:
-    """Returns text that suits a panel, or None where the panel is too small to read any."""
-    if width_px < 96 or height_px < 64:
-        return None
-    row_px = max(12, round(min(height_px * 0.05, width_px * 0.033)))
-    return _Lettering(row_px=row_px, scale=row_px / 36, thickness=max(1, row_px // 22))
-
-
-def _blank(width_px: int, height_px: int, color: Color = _PAPER) -> U8Array:
-    return np.full((height_px, width_px, 3), color, np.uint8)
 
 
 def _classes_by_area(class_ids: U8Array) -> list[int]:
@@ -192,9 +175,10 @@ def _classes_by_area(class_ids: U8Array) -> list[int]:
 
 
 def legend(class_ids: U8Array, *, width_px: int, height_px: int) -> U8Array:
-    """Draws a swatch and a name for each class present, the largest area first.
+    """Draws a swatch and a name for each class present, in the order of their train ids.
 
-    Where they do not all fit, the smallest classes make room for "+n".
+    Where they do not all fit, the smallest classes make room for "+n". An order by area would
+    dance in a video.
 
     Args:
         class_ids: uint8 (H, W), train ids; ignored pixels have no entry.
@@ -204,16 +188,16 @@ def legend(class_ids: U8Array, *, width_px: int, height_px: int) -> U8Array:
     Returns:
         uint8 (height_px, width_px, 3), RGB.
     """
-    picture = _blank(width_px, height_px)
+    picture = blank(width_px, height_px)
     row_px = max(1, height_px // _LEGEND_ROWS)
-    text = _Lettering(row_px=row_px, scale=row_px / 36, thickness=max(1, row_px // 22))
+    text = Lettering(row_px=row_px, scale=row_px / 36, thickness=max(1, row_px // 22))
     swatch_px = max(1, round(0.6 * row_px))
     column_px = swatch_px + row_px + max(text.width_px(entry.name) for entry in CLASSES)
     num_columns = max(1, width_px // column_px)
     present = _classes_by_area(class_ids)
     capacity = num_columns * _LEGEND_ROWS
     shown = present if len(present) <= capacity else present[: capacity - 1]
-    for slot, train_id in enumerate(shown):
+    for slot, train_id in enumerate(sorted(shown)):
         x_px = (slot % num_columns) * column_px + row_px // 4
         y_px = (slot // num_columns) * row_px
         top = y_px + (row_px - swatch_px) // 2
@@ -225,43 +209,45 @@ def legend(class_ids: U8Array, *, width_px: int, height_px: int) -> U8Array:
     return picture
 
 
-def _scale_bar(width_px: int, text: _Lettering, *, near_m: float, far_m: float) -> U8Array:
-    """Draws the colours from `near_m` to `far_m` with ticks in metres below."""
-    picture = _blank(width_px, text.row_px * _LEGEND_ROWS)
+def _bar(width_px: int, text: Lettering, ticks: dict[str, float], *, end: int = 1) -> U8Array:
+    """Draws the ramp up to `end` (from 0) or down (from 1), with ticks at shares of its length."""
+    picture = blank(width_px, text.row_px * _LEGEND_ROWS)
     left, right = text.row_px, width_px - text.row_px
-    fraction = np.linspace(1, 0, right - left, dtype=np.float32)
+    fraction = np.linspace(1 - end, end, right - left, dtype=np.float32)
     picture[text.row_px // 2 : text.row_px * 2, left:right] = _color_ramp(fraction)
     free_from = 0
-    for metres in _TICKS_M:
-        if not near_m <= metres <= far_m:
-            continue
-        position = left + (right - left - 1) * math.log(metres / near_m) / math.log(far_m / near_m)
-        label = f"{metres} m"
-        start = round(position) - text.width_px(label) // 2
-        picture[text.row_px * 2 : text.row_px * 9 // 4, round(position)] = _INK
-        if start >= free_from and start + text.width_px(label) <= width_px:
+    for label, share in ticks.items():
+        position = left + round((right - left - 1) * share)
+        label_px = text.width_px(label)
+        start = min(position - label_px // 2, width_px - label_px)
+        picture[text.row_px * 2 : text.row_px * 9 // 4, position] = INK
+        if start >= free_from:
             text.write(picture, label, start, text.row_px * 9 // 4)
-            free_from = start + text.width_px(label) + text.row_px // 3
+            free_from = start + label_px + text.row_px // 3
     return picture
 
 
-def _relative_bar(width_px: int, text: _Lettering) -> U8Array:
-    """Draws the colours from low to high, and says that they have no unit."""
-    picture = _blank(width_px, text.row_px * _LEGEND_ROWS)
-    left, right = text.row_px, width_px - text.row_px
-    fraction = np.linspace(0, 1, right - left, dtype=np.float32)
-    picture[text.row_px // 2 : text.row_px * 2, left:right] = _color_ramp(fraction)
-    y_px = text.row_px * 9 // 4
-    text.write(picture, "low", left, y_px)
-    text.write(picture, "high", right - text.width_px("high"), y_px)
-    text.write(picture, "relative", (width_px - text.width_px("relative")) // 2, y_px)
-    return picture
+def _depth_bar(
+    width_px: int, text: Lettering, *, relative: bool, near_m: float, far_m: float
+) -> U8Array:
+    if relative:
+        return _bar(width_px, text, {"low": 0.0, "relative": 0.5, "high": 1.0})
+    ticks = {
+        f"{metres} m": math.log(metres / near_m) / math.log(far_m / near_m)
+        for metres in _TICKS_M
+        if near_m <= metres <= far_m
+    }
+    return _bar(width_px, text, ticks, end=0)
 
 
-def _absent(width_px: int, height_px: int, message: str) -> U8Array:
-    """Draws a grey panel with a message in its middle, as large as fits."""
-    picture = _blank(width_px, height_px, (_PANEL_GREY, _PANEL_GREY, _PANEL_GREY))
-    text = _lettering(width_px, height_px)
+def message_picture(width_px: int, height_px: int, message: str) -> U8Array:
+    """Draws a grey picture with a message in its middle, if it is large enough to read any.
+
+    Returns:
+        uint8 (height_px, width_px, 3), RGB.
+    """
+    picture = blank(width_px, height_px, (_PANEL_GREY, _PANEL_GREY, _PANEL_GREY))
+    text = lettering_for(width_px, height_px)
     if text is not None:
         x_px = (width_px - text.width_px(message)) // 2
         text.write(picture, message, x_px, (height_px - text.row_px) // 2)
@@ -269,13 +255,19 @@ def _absent(width_px: int, height_px: int, message: str) -> U8Array:
 
 
 def _depth_panel(
-    depth: F32Array | None, size: tuple[int, int], *, relative: bool, near_m: float, far_m: float
+    depth: F32Array | None,
+    size: tuple[int, int],
+    *,
+    relative: bool,
+    span: tuple[float, float] | None,
+    near_m: float,
+    far_m: float,
 ) -> U8Array:
     if depth is None:
-        return _absent(*size, "no depth head")
+        return message_picture(*size, "no depth head")
     resized = resize_depth(depth, size)
     if relative:
-        return colorize_relative_depth(resized)
+        return colorize_relative_depth(resized, span=span)
     return colorize_depth(resized, near_m=near_m, far_m=far_m)
 
 
@@ -285,6 +277,7 @@ def three_panels(
     depth: F32Array | None,
     *,
     relative: bool = False,
+    span: tuple[float, float] | None = None,
     near_m: float = NEAR_M,
     far_m: float = FAR_M,
 ) -> U8Array:
@@ -298,7 +291,8 @@ def three_panels(
         frame: uint8 (H, W, 3), RGB.
         class_ids: uint8 (H, W), train ids at the frame's size, or None.
         depth: float32 (h, w) of any size, metres unless `relative`; or None.
-        relative: The depth has no unit: label it so, and stretch its own range.
+        relative: The depth has no unit: label it so, and stretch a range of its own.
+        span: That range, as in `colorize_relative_depth`.
         near_m: Depth of the brightest colour.
         far_m: Depth of the darkest colour.
 
@@ -308,22 +302,79 @@ def three_panels(
     height_px, width_px = frame.shape[:2]
     size = (width_px, height_px)
     segmentation = (
-        _absent(*size, "no segmentation head") if class_ids is None else overlay(frame, class_ids)
+        message_picture(*size, "no segmentation head")
+        if class_ids is None
+        else overlay(frame, class_ids)
     )
-    depth_panel = _depth_panel(depth, size, relative=relative, near_m=near_m, far_m=far_m)
+    depth_panel = _depth_panel(
+        depth, size, relative=relative, span=span, near_m=near_m, far_m=far_m
+    )
     panels = np.concatenate([frame, segmentation, depth_panel], axis=1)
-    text = _lettering(width_px, height_px)
+    text = lettering_for(width_px, height_px)
     if text is None:
         return panels
-    strip = _blank(3 * width_px, text.row_px * _LEGEND_ROWS)
+    strip = blank(3 * width_px, text.row_px * _LEGEND_ROWS)
     if class_ids is not None:
         strip[:, width_px : 2 * width_px] = legend(
             class_ids, width_px=width_px, height_px=len(strip)
         )
     if depth is not None:
-        strip[:, 2 * width_px :] = (
-            _relative_bar(width_px, text)
-            if relative
-            else _scale_bar(width_px, text, near_m=near_m, far_m=far_m)
+        strip[:, 2 * width_px :] = _depth_bar(
+            width_px, text, relative=relative, near_m=near_m, far_m=far_m
         )
     return np.concatenate([panels, strip], axis=0)
+
+
+def attention_grid(
+    frame: U8Array, maps: Sequence[tuple[str, F32Array]], *, at: tuple[float, float] | None = None
+) -> U8Array:
+    """Draws attention maps over a frame, one tile each, in a grid that is nearly square.
+
+    Colours are on a log scale around an even spread of attention, from `MIN_ATTENTION` to
+    `MAX_ATTENTION` times that, the same in every tile and every frame.
+
+    Args:
+        frame: uint8 (H, W, 3), RGB.
+        maps: A label and a float32 (h, w) that sums to 1, for each tile.
+        at: Place of the query as shares of width and height, marked in every tile; or None.
+
+    Returns:
+        uint8 (height, width, 3), RGB; both sides are even and depend on the frame's size and the
+        number of maps alone.
+    """
+    scale = min(1.0, _MAX_TILE_PX / max(frame.shape[:2]))
+    width_px, height_px = (max(1, round(side * scale)) for side in frame.shape[1::-1])
+    small = np.asarray(cv2.resize(frame, (width_px, height_px), interpolation=cv2.INTER_AREA))
+    text = lettering_for(width_px, height_px)
+    label_px = text.row_px if text else 0
+    columns = math.ceil(math.sqrt(len(maps)))
+    rows = math.ceil(len(maps) / columns)
+    step_x, step_y = width_px + _TILE_GAP_PX, height_px + label_px + _TILE_GAP_PX
+    bar_px = _LEGEND_ROWS * label_px
+    total_x, total_y = columns * step_x, rows * step_y + bar_px
+    picture = blank(total_x + total_x % 2, total_y + total_y % 2)
+    for index, (label, attention) in enumerate(maps):
+        x_px, y_px = index % columns * step_x, index // columns * step_y
+        if text is not None:
+            text.write(picture, label, x_px + label_px // 4, y_px)
+        tile = _attention_tile(small, attention, at)
+        picture[y_px + label_px : y_px + label_px + height_px, x_px : x_px + width_px] = tile
+    if text is not None:
+        picture[rows * step_y : total_y, :width_px] = _bar(width_px, text, _TICKS_ATTENTION)
+    return picture
+
+
+def _attention_tile(frame: U8Array, attention: F32Array, at: tuple[float, float] | None) -> U8Array:
+    height_px, width_px = frame.shape[:2]
+    resized = cv2.resize(attention, (width_px, height_px), interpolation=cv2.INTER_LINEAR)
+    multiple = np.maximum(np.asarray(resized) * attention.size, MIN_ATTENTION)
+    level = np.log(multiple / MIN_ATTENTION) / math.log(MAX_ATTENTION / MIN_ATTENTION)
+    colors = _color_ramp(level.astype(np.float32))
+    grey = cv2.cvtColor(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    tile = cv2.addWeighted(grey, 1.0 - ATTENTION_ALPHA, colors, ATTENTION_ALPHA, 0.0)
+    if at is not None:
+        center = (round(at[0] * (width_px - 1)), round(at[1] * (height_px - 1)))
+        radius = max(3, min(width_px, height_px) // 28)
+        for ink, thickness in (((0, 0, 0), 4), ((255, 255, 255), 2)):
+            cv2.circle(tile, center, radius, ink, thickness, cv2.LINE_AA)
+    return np.asarray(tile, np.uint8)

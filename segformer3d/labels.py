@@ -108,6 +108,12 @@ PALETTE: Final = _palette()
 CAMVID_TO_TRAIN_ID: Final = camvid_to_train_ids()
 """uint8 (256,), read-only: CamVid's value to train id; a bicyclist is a rider."""
 
+# CamVid's 11 classes are coarser than Cityscapes' 19 (SegNet's grouping of its 32): walls count
+# as building, traffic lights as sign, grass as tree, trucks, buses and trains as car.
+_CAMVID_MERGED: Final = {3: 2, 6: 7, 9: 8, 14: 13, 15: 13, 16: 13, 17: 12, 18: 12}
+CAMVID_GROUPS: Final = tuple(_CAMVID_MERGED.get(i, i) for i in range(NUM_CLASSES))
+"""The train id that stands for each of the 19 classes in CamVid's labels."""
+
 BDD100K_TO_TRAIN_ID: Final = _lookup_table({i: i for i in range(NUM_CLASSES)})
 """uint8 (256,), read-only. BDD100K's semantic masks (Yu et al., CVPR 2020) already hold these
 19 train ids, with 255 for unknown: the table only turns values out of range into 255."""

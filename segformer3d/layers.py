@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from segformer3d.collective import all_sum, rows_of_this_rank, world_size
+
 
 def init_weights(module: nn.Module) -> None:
     """Initialise one module as the SegFormer authors do; for `nn.Module.apply`."""
@@ -40,8 +42,54 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask / keep
+        draws = rows_of_this_rank(x.shape[0]).view(-1, *(1,) * (x.ndim - 1)).to(x)
+        return x * ((draws < keep) / keep).to(x)
+
+
+class ChannelDropout(nn.Module):
+    """Drop whole channels per sample while training, as the SegFormer authors' heads do.
+
+    Unlike `nn.Dropout2d` it draws for the whole batch of all ranks, so that the number of ranks
+    does not change what is dropped; and a draw per channel costs nothing, one per value much.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        """Drop channels of (B, C, H, W) and scale up what is kept."""
+        if self.rate == 0.0 or not self.training:
+            return x_bchw
+        keep = 1.0 - self.rate
+        draws_bc = rows_of_this_rank(x_bchw.shape[0], x_bchw.shape[1]).to(x_bchw)
+        return x_bchw * ((draws_bc < keep) / keep).to(x_bchw)[:, :, None, None]
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batch of all ranks while training, on any device."""
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) per channel."""
+        if not self.training or world_size() == 1:
+            return super().forward(x_bchw)
+        x = x_bchw.float()
+        count = x.numel() // x.shape[1] * world_size()
+        mean = all_sum(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = all_sum(centred.square().sum((0, 2, 3))) / count
+        self._track(mean, variance * count / (count - 1))
+        scale = self.weight / torch.sqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x_bchw)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.momentum is None:
+            raise ValueError("batch norm over ranks keeps running statistics with a momentum")
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
 
 
 class PatchEmbedding(nn.Module):

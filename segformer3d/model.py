@@ -61,11 +61,24 @@ class Segformer3D(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> DenseOutputs:
         """Predict from a normalised picture (B, 3, H, W), at a quarter of its sides."""
-        maps = self.forward_features(x_bchw)
+        return self.forward_heads(self.forward_features(x_bchw))
+
+    def forward_heads(self, maps: list[Tensor]) -> DenseOutputs:
+        """Predict from the four maps that `forward_features` gives."""
         return DenseOutputs(
             logits=None if self.segmentation_head is None else self.segmentation_head(maps),
-            depth=None if self.depth_head is None else self.depth_head(maps),
+            depth=self._depth(maps),
         )
+
+    def _depth(self, maps: list[Tensor]) -> Tensor | None:
+        if self.depth_head is None:
+            return None
+        return activate_depth(self.depth_head(maps), self.config)
+
+
+def activate_depth(raw: Tensor, config: ModelConfig) -> Tensor:
+    """Turn the depth head's output, of any shape, into depth in the units of the codec."""
+    return raw.float().exp() if config.depth_activation == "exp" else raw
 
 
 def build_model(config: ModelConfig) -> Segformer3D:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from segformer3d.config import DEPTH_CODE_MAX, DEPTH_INVALID
 from segformer3d.heads import FoldedHeads
 from segformer3d.layers import resize_bilinear
+from segformer3d.model import activate_depth
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -99,8 +100,11 @@ class Predictor:
         self._encoder: nn.Module = model.encoder.to(self.device)
         self._heads = FoldedHeads(heads).to(self.device)
         self._codec = info.depth_codec
+        self._config = info.config
+        metric = info.depth_codec is not None and info.depth_codec.kind == "metric"
+        self._short_side_px = info.short_side_px if metric else None
         self._bgr = info.preprocessing.channel_order == "bgr"
-        self._scale, self._bias = _affine(info.preprocessing, self.device)
+        self._scale, self._bias = input_affine(info.preprocessing, self.device)
 
     def predict(
         self, frames: NDArray[np.uint8], *, class_ids_size: tuple[int, int] | None = None
@@ -165,7 +169,9 @@ class Predictor:
             class_ids = resolve_class_ids(outs[0], size)
             class_ids = torch.where(finite_b[:, None, None], class_ids, IGNORE_ID)
         if self._codec is not None:
-            depth = _encode_depth(outs[-1][:, 0], self._codec)
+            metres = activate_depth(outs[-1][:, 0], self._config)
+            metres = metres * self._depth_factor(min(frames.shape[1:3]))
+            depth = _encode_depth(metres, self._codec)
             depth = torch.where(finite_b[:, None, None], depth, DEPTH_INVALID).to(torch.uint16)
         return Predictions(
             class_ids=_numpy(class_ids),
@@ -174,6 +180,10 @@ class Predictor:
             entropy_mean=_numpy(entropy),
             finite=finite_b.cpu().numpy(),
         )
+
+    def _depth_factor(self, short_side_px: int) -> float:
+        """What a frame's size does to its depth: twice the size looks twice as near."""
+        return short_side_px / self._short_side_px if self._short_side_px else 1.0
 
     def _input(self, frames: NDArray[np.uint8]) -> Tensor:
         """Normalise frames on the device: float32 (B, 3, H, W), channels last."""
@@ -236,7 +246,7 @@ def _encode_depth(depth: Tensor, codec: DepthCodec) -> Tensor:
     return torch.where(valid, codes, DEPTH_INVALID).to(torch.int32)
 
 
-def _affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+def input_affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
     """Fold the preprocessing into one scale and one bias over 0..255: (3, 1, 1) each."""
     mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
     std = torch.tensor(preprocessing.std, dtype=torch.float64)

@@ -17,6 +17,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
 METADATA_KEY = "segformer3d"
+BUNDLED = "bundled/mit_b0.safetensors"
 NUM_CITYSCAPES_CLASSES = 19
 NAMES_SHOWN = 3
 HEADER_BYTES_MAX = 100_000_000  # the format's own limit
@@ -56,17 +58,30 @@ class WeightsError(ValueError):
     """Weights that cannot be used; the message is one line and says how to mend it."""
 
 
-def weights_to_bytes(model: Segformer3D, info: WeightsInfo) -> bytes:
-    """Serialise a model and what there is to know about it; the same input, the same bytes."""
+def weights_to_bytes(model: Segformer3D, info: WeightsInfo, *, half: bool = False) -> bytes:
+    """Serialise a model and what there is to know about it; the same input, the same bytes.
+
+    Args:
+        model: The network.
+        info: What belongs to its weights.
+        half: Store floats as float16, half the size; they are computed with as float32.
+    """
     if model.config != info.config:
         raise WeightsError(f"info describes {info.config}, but the model is {model.config}")
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if half:
+        state = {
+            name: value.half() if value.is_floating_point() else value
+            for name, value in state.items()
+        }
     return save_safetensors(state, {METADATA_KEY: json.dumps(info.to_dict(), sort_keys=True)})
 
 
-def save_weights(path: str | PathLike[str], model: Segformer3D, info: WeightsInfo) -> None:
+def save_weights(
+    path: str | PathLike[str], model: Segformer3D, info: WeightsInfo, *, half: bool = False
+) -> None:
     """Write a weights file; it appears under its name whole or not at all."""
-    data = weights_to_bytes(model, info)
+    data = weights_to_bytes(model, info, half=half)
     path = _path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -124,6 +139,11 @@ def model_from_bytes(data: bytes) -> tuple[Segformer3D, WeightsInfo]:
     """
     info = read_info(data)
     return _fitted_model(info.config, _load_safetensors(data)), info
+
+
+def bundled_weights() -> bytes:
+    """Return the weights file in the package, MiT-B0 for trying things out; see its card."""
+    return files("segformer3d").joinpath(BUNDLED).read_bytes()
 
 
 def untrained_weights(variant: str = "mit_b0", seed: int = 0) -> bytes:

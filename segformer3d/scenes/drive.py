@@ -220,7 +220,7 @@ def _make_camera(rng: np.random.Generator, street: Street) -> Camera:
         x_m=street.lane_m * (float(rng.integers(street.num_lanes)) + 0.5),
         height_m=float(rng.uniform(1.15, 1.9)),
         pitch_rad=float(rng.uniform(-0.02, 0.09)),
-        focal_widths=float(rng.uniform(0.6, 1.15)),
+        focal_widths=float(rng.uniform(0.7, 1.0)),
         sway=float(rng.uniform(0.3, 1.0)),
         bonnet=float(rng.choice([0.0, 0.0, 0.06, 0.1])),
     )

@@ -161,6 +161,13 @@ def test_dict_round_trip_through_json(value):
         type(value).from_dict({key: data[key] for key in data if key != name})
 
 
+def test_weights_info_refuses_a_size_of_nothing():
+    with pytest.raises(ValueError, match="short_side_px must be positive or null, not 0"):
+        WeightsInfo(
+            config=ModelConfig(), depth_codec=METRIC_DEPTH, training_data="", short_side_px=0
+        )
+
+
 def test_weights_info_wants_a_codec_with_a_depth_head_only():
     with pytest.raises(ValueError, match="depth codec"):
         WeightsInfo(config=ModelConfig(), depth_codec=None, training_data="x")

@@ -132,3 +132,65 @@ def test_legend_shows_each_class_present():
 def test_legend_of_all_classes_fits_any_size(size):
     picture = draw.legend(striped_class_ids(100, 4), width_px=size[0], height_px=size[1])
     assert picture.shape == (size[1], size[0], 3)
+
+
+def test_legend_keeps_its_order_when_areas_change():
+    few, many = np.zeros((4, 9), np.uint8), np.zeros((4, 9), np.uint8)
+    few[:, 0], many[:, 1:] = 13, 13
+    pictures = [draw.legend(ids, width_px=600, height_px=80) for ids in (few, many)]
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_one_span_keeps_relative_colors_still():
+    depth = np.linspace(1, 2, 200, dtype=np.float32).reshape(10, 20)
+    span = draw.relative_span(depth)
+    part = draw.colorize_relative_depth(depth[:3], span=span)
+    assert (part == draw.colorize_relative_depth(depth)[:3]).all()
+    assert span == pytest.approx(np.percentile(depth, (2, 98)))
+    assert draw.relative_span(np.zeros((2, 2), np.float32)) is None
+
+
+def even_map(height=4, width=6):
+    return np.full((height, width), 1 / (height * width), np.float32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 2, 3, 16])
+def test_attention_grid_at_any_size(size, count):
+    maps = [(f"stage 1 head {index}", even_map()) for index in range(count)]
+    picture = draw.attention_grid(random_frame(*size), maps, at=(0.5, 0.5))
+    assert picture.dtype == np.uint8
+    assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
+    other = [("", even_map(1, 1))] * count
+    assert draw.attention_grid(random_frame(*size), other).shape == picture.shape
+
+
+def test_attention_is_brightest_where_the_model_looks_and_the_scale_is_fixed():
+    frame = np.zeros((192, 320, 3), np.uint8)
+    peaked = np.full((6, 10), 1e-6, np.float32)
+    peaked[1, 2] = 1 - peaked.sum()
+    even, looked = (
+        draw.attention_grid(frame, [("one", map_)])[12:204, :320].astype(float).sum(-1)
+        for map_ in (even_map(6, 10), peaked)
+    )
+    top, left = np.unravel_index(looked.argmax(), looked.shape)
+    assert (top // 32, left // 32) == (1, 2)
+    assert len(np.unique(even)) == 1
+    assert looked[:, 200:].max() < even[0, 0] < looked.max()
+
+
+def test_the_query_is_marked_in_every_tile():
+    frame = random_frame(320, 180)
+    maps = [(f"stage 1 head {index}", even_map()) for index in range(4)]
+    marked = draw.attention_grid(frame, maps, at=(0.25, 0.5))
+    changed = (marked != draw.attention_grid(frame, maps)).any(-1)
+    rows, columns = np.nonzero(changed)
+    tiles = {(row // 196, column // 324) for row, column in zip(rows, columns, strict=True)}
+    assert tiles == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert (rows % 196).mean() == pytest.approx(12 + 90, abs=2)
+    assert (columns % 324).mean() == pytest.approx(80, abs=2)
+
+
+def test_a_message_fits_or_is_left_out():
+    assert len(np.unique(draw.message_picture(20, 10, "nothing"))) == 1
+    assert len(np.unique(draw.message_picture(400, 200, "nothing"))) > 1

@@ -99,3 +99,19 @@ def test_last_product_stays_float32_under_autocast(heads):
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         outs = FoldedHeads(heads)(maps_of(1, 16, 16))
     assert {out.dtype for out in outs} == {torch.float32}
+
+
+def test_training_computes_the_same_function(heads):
+    """The folded form of training equals projecting, resizing, concatenating and fusing."""
+    head = heads[0]
+    maps = [map_.requires_grad_() for map_ in maps_of(2, 16, 24)]
+    literal, folded = head._fuse(maps), head._fuse_folded(maps)
+    assert relative_difference(folded, literal) < 1e-5
+    weight = torch.randn_like(literal)
+    inputs = [*maps, *head.project.parameters(), head.fuse.weight]
+    for ours, theirs in zip(
+        torch.autograd.grad((folded * weight).sum(), inputs),
+        torch.autograd.grad((literal * weight).sum(), inputs),
+        strict=True,
+    ):
+        assert relative_difference(ours, theirs) < 1e-4

@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn import functional
 
 from segformer3d.layers import (
+    BatchNorm,
     Block,
+    ChannelDropout,
     DropPath,
     EfficientAttention,
     MixFFN,
@@ -101,3 +103,22 @@ def test_resize_is_bilinear_without_aligned_corners():
         resize_bilinear(x, (1, 4)), torch.tensor([[[[0.0, 0.25, 0.75, 1.0]]]])
     )
     assert resize_bilinear(x, (1, 2)) is x
+
+
+def test_channel_dropout_drops_whole_channels_and_keeps_the_mean():
+    dropout = ChannelDropout(0.25)
+    x = torch.ones(64, 32, 3, 5)
+    dropped = dropout(x)
+    first = dropped[:, :, :1, :1]
+    assert torch.equal(dropped, first.expand_as(dropped))
+    assert first.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_batch_norm_alone_is_torchs():
+    ours, theirs = BatchNorm(4), nn.BatchNorm2d(4)
+    x = torch.randn(3, 4, 5, 6)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.running_var, theirs.running_var)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))

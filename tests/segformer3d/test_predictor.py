@@ -288,3 +288,41 @@ def test_gpu_agrees_with_cpu():
     actual = Predictor(model, info, device="cuda").predict(frames)
     assert (actual.class_ids == expected.class_ids).mean() > 0.9
     np.testing.assert_allclose(actual.entropy_mean, expected.entropy_mean, rtol=0.05)
+
+
+def test_depth_as_a_logarithm_is_always_valid():
+    model, info = model_and_info(ModelConfig(**vars(CONFIG) | {"depth_activation": "exp"}))
+    frames = frames_of(2)
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (info.preprocessing.mean, info.preprocessing.std)
+    )
+    with torch.no_grad():
+        maps = model.forward_features((x - mean) / std)
+        expected_m = model.depth_head(maps)[:, 0].exp().numpy()
+    assert (model.forward_heads(maps).depth > 0).all()
+    codes = Predictor(model, info, device="cpu").predict(frames).depth
+    assert (codes > 0).all()
+    in_range = (expected_m > 0.5) & (expected_m < 200)
+    np.testing.assert_allclose(
+        METRIC_DEPTH.decode(codes)[in_range], expected_m[in_range], rtol=1e-4, atol=1 / 256
+    )
+
+
+@pytest.mark.parametrize(("height", "factor"), [(64, 2.0), (32, 1.0)])
+def test_metric_depth_follows_the_frames_size(height, factor):
+    model, info = model_and_info(ModelConfig(**vars(CONFIG) | {"depth_activation": "exp"}))
+    frames = frames_of(1, height, 96)
+    plain = Predictor(model, info, device="cpu").predict(frames).depth.astype(float)
+    sized = replace(info, short_side_px=32)
+    scaled = Predictor(model, sized, device="cpu").predict(frames).depth.astype(float)
+    low = plain < 30000
+    np.testing.assert_allclose(scaled[low], factor * plain[low], atol=1.5)
+
+
+def test_relative_depth_knows_no_frame_size():
+    model, info = model_and_info(depth_codec=ORIGIN_DEPTH)
+    frames = frames_of(1)
+    plain = Predictor(model, info, device="cpu").predict(frames)
+    sized = replace(info, short_side_px=32)
+    assert_equal(Predictor(model, sized, device="cpu").predict(frames), plain)
