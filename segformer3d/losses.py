@@ -5,7 +5,9 @@ to the loss of one large batch. Shapes: b batch, k classes, h and w the labels' 
 
 Sources: inverse Huber ("berHu"): Laina et al. 2016, arXiv 1606.00373, eq. 2; scale-invariant
 logarithmic error: Eigen et al. 2014, arXiv 1406.2283, eq. 4; distillation: Hinton et al. 2015,
-arXiv 1503.02531; learned weights: Kendall et al. 2018, arXiv 1705.07115.
+arXiv 1503.02531; learned weights: Kendall et al. 2018, arXiv 1705.07115; soft Jaccard index:
+Rahman and Wang 2016, "Optimizing intersection-over-union in deep neural networks for image
+segmentation".
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segformer3d.collective import all_max
+from segformer3d.collective import all_max, all_sum, world_size
 from segformer3d.labels import IGNORE_ID
 
 if TYPE_CHECKING:
@@ -50,6 +52,28 @@ def cross_entropy(logits_bkhw: Tensor, target_bhw: Tensor, class_weights: Tensor
     if class_weights is None:
         return Loss(total, known.sum().to(total))
     return Loss(total, class_weights[target_bhw[known]].sum())
+
+
+def soft_jaccard(logits_bkhw: Tensor, target_bhw: Tensor) -> Loss:
+    """One less the mean soft intersection over union of the classes in the batch of all ranks.
+
+    Every class that is there counts the same, however few pixels it has.
+
+    Args:
+        logits_bkhw: float (B, K, H, W).
+        target_bhw: int64 (B, H, W), 255 where unknown.
+    """
+    known_bhw = target_bhw != IGNORE_ID
+    p_kn = logits_bkhw.float().softmax(1).transpose(0, 1)[:, known_bhw]
+    target_n = target_bhw[known_bhw]
+    hits = p_kn.gather(0, target_n[None])[0]
+    count = target_n.bincount(minlength=len(p_kn)).to(p_kn)
+    inside = torch.zeros_like(count).index_add(0, target_n, hits)
+    inside, count, claimed = all_sum(torch.stack([inside, count, p_kn.sum(1)])).unbind()
+    there = count > 0
+    index = inside[there] / (count + claimed - inside)[there]
+    share = there.any().to(p_kn) / world_size()
+    return Loss((1 - index).sum() / there.sum().clamp_min(1) / world_size(), share)
 
 
 def merge_logits(logits_bkhw: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:

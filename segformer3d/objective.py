@@ -16,6 +16,7 @@ from segformer3d.losses import (
     cross_entropy,
     log_l1,
     merge_logits,
+    soft_jaccard,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class Objective(nn.Module):
             logits = resize_bilinear(merge_logits(outputs.logits.float(), batch.groups), size)
             loss = cross_entropy(logits, batch.class_ids, self.class_weights)
             terms["classes"] = (loss, options.classes)
+            if options.overlap:
+                terms["overlap"] = (soft_jaccard(logits, batch.class_ids), options.overlap)
         if outputs.depth is not None and options.depth:
             depth = resize_bilinear(outputs.depth.float(), size)[:, 0]
             terms["depth"] = (DEPTH_LOSSES[options.depth_kind](depth, batch.depth), options.depth)

@@ -115,6 +115,7 @@ class LossSection(_Section):
     Attributes:
         classes: Weight of the cross entropy.
         class_weights: Of each train id within it.
+        overlap: Weight of one less the soft Jaccard index, in which rare classes count as much.
         depth_kind: Which depth loss; see `losses`.
         depth: Its weight.
         sky_depth_m: Depth that pixels of the class sky without a known one are drawn to.
@@ -124,6 +125,7 @@ class LossSection(_Section):
 
     classes: Weight = 1.0
     class_weights: tuple[Positive, ...] | None = Field(None, min_length=19, max_length=19)
+    overlap: Weight = 0.0
     depth_kind: Literal["mse", "inverse_huber", "scale_invariant_log", "log_l1"] = "mse"
     depth: Weight = 1.0
     sky_depth_m: Positive | None = None

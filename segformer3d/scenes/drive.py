@@ -85,7 +85,7 @@ def _tree(rng: np.random.Generator, x_m: float, z_m: float) -> Thing:
 
 def _houses(rng: np.random.Generator, street: Street, side: int) -> Iterator[Thing]:
     """Yields one side's buildings with the gardens before and the trees between them."""
-    edge_m = street.half_m + street.pavement_m
+    edge_m = street.edge_m
     floors = float(rng.uniform(1.5, 4.5))
     z_m = 0.0
     while z_m < STREET_LENGTH_M - 8:
@@ -125,14 +125,15 @@ def _furniture(rng: np.random.Generator, street: Street, side: int) -> Iterator[
     for z_m in np.arange(2.0, STREET_LENGTH_M, spacing_m):
         if rng.random() < 0.75:
             yield _tree(rng, side * (street.half_m + 1.0), float(z_m + rng.uniform(0, 4)))
-    for _ in range(5):
+    for _ in range(7):
         z_m, size_m = rng.uniform(0, STREET_LENGTH_M), rng.uniform(0.6, 0.9)
         height_m = float(rng.uniform(2.5, 3.3))
         yield Thing(
             "sign", kerb_m, float(z_m), float(size_m), height_m, base_m=KERB_M, style=_style(rng)
         )
-    for z_m in (52.0, 168.0):
-        yield Thing("signal", kerb_m, z_m, 0.3, 3.6, base_m=KERB_M, style=street.style)
+    for z_m in (22.0, 82.0, 142.0, 202.0):
+        lit = street.style + int(z_m)
+        yield Thing("signal", kerb_m, z_m, 0.3, 3.6, base_m=KERB_M, style=lit)
 
 
 def _vehicle(
@@ -177,9 +178,9 @@ def _parked(rng: np.random.Generator, street: Street, side: int) -> Iterator[Thi
 
 
 def _people(rng: np.random.Generator, street: Street, side: int) -> Iterator[Thing]:
-    """Yields walkers on the pavement and riders along the parked cars."""
+    """Yields walkers and parked cycles on the pavement, and riders along the parked cars."""
     for _ in range(int(rng.integers(5, 16))):
-        x_m = side * (street.half_m + rng.uniform(0.5, max(0.8, street.pavement_m - 0.4)))
+        x_m = side * (street.walk_m + rng.uniform(0.5, max(0.8, street.pavement_m - 0.4)))
         height_m = float(rng.uniform(1.5, 1.9) if rng.random() < 0.9 else rng.uniform(0.9, 1.3))
         yield Thing(
             "person",
@@ -192,7 +193,18 @@ def _people(rng: np.random.Generator, street: Street, side: int) -> Iterator[Thi
             speed_mps=float(rng.normal(0, 0.9)),
             style=_style(rng),
         )
-    for _ in range(int(rng.integers(1, 4))):
+    for _ in range(int(rng.integers(3, 12))):
+        yield Thing(
+            "cycle",
+            x_m=side * (street.walk_m + float(rng.uniform(0.9, 1.2))),
+            z_m=float(rng.uniform(0, STREET_LENGTH_M)),
+            width_m=float(rng.uniform(1.6, 1.85)),
+            height_m=float(rng.uniform(1.0, 1.15)),
+            color=_pick(rng, _PAINTS),
+            base_m=KERB_M,
+            style=_style(rng),
+        )
+    for _ in range(int(rng.integers(3, 8))):
         yield Thing(
             "rider",
             x_m=side * (street.half_m - street.parking_m - 0.1),
@@ -212,6 +224,7 @@ def _make_street(rng: np.random.Generator) -> Street:
         parking_m=float(rng.uniform(2.2, 2.6)),
         pavement_m=float(rng.uniform(2.0, 4.5)),
         style=_style(rng),
+        verge_m=float(rng.uniform(0.8, 2.0)) if rng.random() < 0.35 else 0.0,
     )
 
 

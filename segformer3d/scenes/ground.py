@@ -105,18 +105,21 @@ def ground(street: Street, camera_z_m: float) -> Iterator[Surface]:
     grass = plain_texture(street.style % 8, (92, 112, 58), 9)
     stone = plain_texture(street.style % 8, (168, 166, 160), 5)
     start = math.floor(camera_z_m / GROUND_PERIOD_M) * GROUND_PERIOD_M
-    kerb, edge = street.half_m, street.half_m + street.pavement_m
+    kerb, walk, edge = street.half_m, street.walk_m, street.edge_m
     steps = (0, 1, 2, 4, 8, 16, 32, HORIZON_M / GROUND_PERIOD_M)
     for first, last in pairwise(steps):
         near, far = start + first * GROUND_PERIOD_M, start + last * GROUND_PERIOD_M
         yield _level(-kerb, kerb, 0.0, near, far, name="road", texture=road)
         for side in (-1, 1):
-            left, right = sorted((side * kerb, side * edge))
+            left, right = sorted((side * walk, side * edge))
             yield _level(left, right, KERB_M, near, far, name="sidewalk", texture=pavement)
-            left, right = sorted((side * edge, side * 800.0))
-            yield _level(
-                left, right, KERB_M, near, far, name="terrain", texture=grass, period_m=4.0
-            )
+            for inner, outer in ((kerb, walk), (edge, 800.0)):
+                if inner == outer:
+                    continue
+                left, right = sorted((side * inner, side * outer))
+                yield _level(
+                    left, right, KERB_M, near, far, name="terrain", texture=grass, period_m=4.0
+                )
             yield Surface(
                 corner=(side * kerb, -KERB_M, near),
                 along=(0.0, 0.0, far - near),

@@ -1,4 +1,4 @@
-"""Walkers, and riders with their bicycles and motorcycles."""
+"""Walkers, riders with their bicycles and motorcycles, and such that are parked."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -78,3 +78,42 @@ def build_rider(thing: Thing) -> Iterator[Surface]:
     name = "motorcycle" if is_motor else "bicycle"
     yield upright(thing, name, cycle, z_m=-0.3, top_m=0.62 * thing.height_m)
     yield shadow(thing, is_round=True, grow=1.6)
+
+
+@lru_cache(maxsize=64)
+def _parked_cycle_texture(is_motor: bool, color: Color) -> Texture:
+    """A bicycle or a motorcycle from its side."""
+    canvas = Canvas(128, 80, (30, 30, 34), opaque=False)
+    tyre, hub = (26, 26, 28), (96, 98, 102)
+    for x in (0.2, 0.8):
+        canvas.disc(tyre, x, 0.68, 0.19, 0.31)
+        canvas.disc(hub, x, 0.68, 0.13 if not is_motor else 0.09, 0.21 if not is_motor else 0.15)
+    if is_motor:
+        canvas.polygon(color, (0.16, 0.5), (0.3, 0.22), (0.62, 0.26), (0.78, 0.6), (0.4, 0.8))
+        canvas.polygon((30, 28, 28), (0.4, 0.2), (0.74, 0.2), (0.78, 0.32), (0.42, 0.32))
+        canvas.polygon((170, 172, 176), (0.4, 0.6), (0.64, 0.6), (0.6, 0.86), (0.42, 0.86))
+        canvas.polygon((60, 62, 66), (0.2, 0.66), (0.16, 0.66), (0.28, 0.04), (0.34, 0.06))
+    else:
+        for start, end in (
+            ((0.2, 0.68), (0.32, 0.26)),
+            ((0.32, 0.26), (0.66, 0.3)),
+            ((0.66, 0.3), (0.8, 0.68)),
+            ((0.5, 0.7), (0.64, 0.16)),
+            ((0.32, 0.3), (0.5, 0.7)),
+            ((0.3, 0.08), (0.34, 0.28)),
+        ):
+            (x0, y0), (x1, y1) = start, end
+            canvas.polygon(
+                color, (x0 - 0.016, y0), (x0 + 0.016, y0), (x1 + 0.016, y1), (x1 - 0.016, y1)
+            )
+        canvas.box((24, 22, 22), 0.56, 0.1, 0.74, 0.17)
+        canvas.box((24, 22, 22), 0.22, 0.05, 0.38, 0.1)
+    return canvas.texture()
+
+
+def build_cycle(thing: Thing) -> Iterator[Surface]:
+    """Yields a parked bicycle across the pavement, or a motorcycle where `style` is even."""
+    is_motor = thing.style % 2 == 0
+    name = "motorcycle" if is_motor else "bicycle"
+    yield upright(thing, name, _parked_cycle_texture(is_motor, thing.color))
+    yield shadow(thing, is_round=True, grow=1.1)

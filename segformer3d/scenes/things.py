@@ -8,7 +8,7 @@ import numpy as np
 
 from segformer3d.scenes.buildings import build_building
 from segformer3d.scenes.ground import backdrop, ground
-from segformer3d.scenes.people import build_person, build_rider
+from segformer3d.scenes.people import build_cycle, build_person, build_rider
 from segformer3d.scenes.roadside import (
     build_fence,
     build_hedge,
@@ -39,6 +39,7 @@ THING_KINDS: Final[dict[str, Callable[[Thing], Iterator[Surface]]]] = {
     "bus": build_van,
     "person": build_person,
     "rider": build_rider,
+    "cycle": build_cycle,
 }
 """What a `Thing.kind` may be, and what draws it."""
 

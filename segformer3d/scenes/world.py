@@ -99,6 +99,7 @@ class Street:
         lane_m: Width of a lane.
         parking_m: Width of the strip for parked cars.
         pavement_m: Width of the pavement.
+        verge_m: Width of the grass between kerb and pavement; often there is none.
         style: Seed of the surfaces' textures.
     """
 
@@ -107,11 +108,22 @@ class Street:
     parking_m: float
     pavement_m: float
     style: int
+    verge_m: float = 0.0
 
     @property
     def half_m(self) -> float:
         """Distance from the road's middle to its kerb."""
         return self.num_lanes * self.lane_m + self.parking_m
+
+    @property
+    def walk_m(self) -> float:
+        """Distance from the road's middle to where the pavement begins."""
+        return self.half_m + self.verge_m
+
+    @property
+    def edge_m(self) -> float:
+        """Distance from the road's middle to where the pavement ends."""
+        return self.walk_m + self.pavement_m
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from segformer3d.losses import (
     merge_logits,
     mse,
     scale_invariant_log,
+    soft_jaccard,
 )
 from segformer3d.model import DenseOutputs
 from segformer3d.objective import Objective
@@ -209,11 +210,11 @@ def test_mixed_supervision_adds_up():
     recipe = make_recipe(loss={"depth_kind": "mse", "depth": 0.5})
     samples, groups = one_of_each(), tuple(range(19))
     outputs = outputs_of(2)
-    total, shown = Objective(recipe)(outputs, batch_of(samples, [groups] * 2), torch.zeros(0))
+    total, shown = Objective(recipe)([], outputs, batch_of(samples, [groups] * 2), torch.zeros(0))
     parts = 0.0
     for row, (name, factor) in enumerate((("classes", 1.0), ("depth", 0.5))):
         alone = DenseOutputs(outputs.logits[row : row + 1], outputs.depth[row : row + 1])
-        _, values = Objective(recipe)(alone, batch_of([samples[row]], [groups]), torch.zeros(0))
+        _, values = Objective(recipe)([], alone, batch_of([samples[row]], [groups]), torch.zeros(0))
         assert shown[name].item() == pytest.approx(values[name].item(), rel=1e-5)
         parts += factor * values[name].item()
     assert total.item() == pytest.approx(parts, rel=1e-5)
@@ -240,9 +241,34 @@ def test_the_sky_is_drawn_far_away_where_its_depth_is_unknown():
     sample.class_ids[:32] = 10
     outputs = outputs_of(1)
     total, shown = Objective(recipe)(
-        outputs, batch_of([sample], [tuple(range(19))]), torch.zeros(0)
+        [], outputs, batch_of([sample], [tuple(range(19))]), torch.zeros(0)
     )
     total.backward()
     assert shown["sky"] > 0
     assert (outputs.depth.grad[0, 0, :7] < 0).all()  # larger depth, smaller loss
     assert (outputs.depth.grad[0, 0, 9:] == 0).all()
+
+
+def test_soft_jaccard_is_the_mean_over_the_classes_that_are_there():
+    logits = torch.randn(2, 5, 4, 6, requires_grad=True)
+    target = torch.randint(0, 3, (2, 4, 6))
+    target[0, :2] = 255
+    loss = soft_jaccard(logits, target)
+    p, known = logits.softmax(1), target != 255
+    indices = []
+    for k in target[known].unique().tolist():
+        is_k = (target == k) & known
+        inside = p[:, k][is_k].sum()
+        indices.append(inside / (is_k.sum() + p[:, k][known].sum() - inside))
+    torch.testing.assert_close(loss.total, 1 - torch.stack(indices).mean())
+    assert loss.weight == 1
+    loss.total.backward()
+    assert torch.equal(logits.grad[0, :, :2], torch.zeros(5, 2, 6))
+
+
+def test_soft_jaccard_of_a_perfect_guess_and_of_nothing():
+    target = torch.randint(0, 5, (1, 8, 8))
+    sure = 100.0 * torch.nn.functional.one_hot(target, 5).permute(0, 3, 1, 2)
+    assert soft_jaccard(sure, target).total.item() == pytest.approx(0, abs=1e-6)
+    unknown = soft_jaccard(sure, torch.full_like(target, 255))
+    assert (unknown.total, unknown.weight) == (0, 0)

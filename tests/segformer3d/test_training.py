@@ -29,7 +29,7 @@ EVERYTHING = {
     "data": [{"dataset": "tiny:5", "share": 2}, {"dataset": "coarse:4"}, {"dataset": "depth:3"}],
     "augmentation": {"scale": [0.7, 1.4], "flip": 0.5, "colour": 0.5},
     "phases": [{"steps": 6, "crop_px": [SIDE, SIDE], "batch": 4}],
-    "loss": {"depth_kind": "inverse_huber", "weighting": "uncertainty"},
+    "loss": {"overlap": 0.5, "depth_kind": "inverse_huber", "weighting": "uncertainty"},
     "optimizer": {"rate": 1e-3, "layer_decay": 0.8},
     "schedule": {"kind": "poly", "warm_up_steps": 2},
     "ema_decay": 0.9,
