@@ -226,10 +226,10 @@ def weights_import(source: str, target: str, half: bool) -> None:
 
 
 @weights.command("show")
-@click.argument("path", metavar="FILE")
+@click.argument("path", required=False, metavar="[FILE]")
 @_json_option
-def weights_show(path: str, as_json: bool) -> None:
-    """Say what a weights file holds."""
+def weights_show(path: str | None, as_json: bool) -> None:
+    """Say what a weights file holds; without a name, the one in the box."""
     from jobs.weights import describe
 
     fields = describe(path)

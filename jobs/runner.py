@@ -158,15 +158,15 @@ def _check_weights(store: Store, record: JobRecord, spec: JobSpec) -> None:
 
 
 def load_weights(spec: JobSpec) -> bytes:
-    """Bytes of the weights file that the spec names, or of untrained MiT-B0 weights.
+    """Bytes of the weights file that the spec names, or of the one in the package.
 
     Raises:
         UserError: If the file cannot be read.
     """
     if spec.model.weights is None:
-        from segformer3d.weights import untrained_weights
+        from segformer3d.weights import bundled_weights
 
-        return untrained_weights()
+        return bundled_weights()
     url = spec.model.weights
     if url.startswith("s3://"):
         folder, _, name = url.rpartition("/")

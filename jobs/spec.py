@@ -93,7 +93,7 @@ class ModelSection(_Section):
     """The network."""
 
     weights: str | None = Field(
-        None, description="Path or s3:// URL of a safetensors file; none: untrained MiT-B0."
+        None, description="Path or s3:// URL of a safetensors file; none: the MiT-B0 in the box."
     )
     micro_batch: Whole | None = Field(
         None, ge=1, description="Frames per forward pass at the most; default by device."

@@ -76,21 +76,27 @@ def write_weights(
         raise UserError(message) from None
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str | None) -> dict[str, Any]:
     """What a weights file says of itself, in words too, and its sha256.
+
+    Args:
+        path: The file; None is the one in the package.
 
     Raises:
         UserError: If it is not a weights file of this project.
     """
-    from segformer3d.weights import WeightsError, read_info
+    from segformer3d.weights import WeightsError, bundled_path, read_info
 
+    file = bundled_path() if path is None else Path(path)
     try:
-        info = read_info(Path(path))
-        digest = file_sha256(path)
+        info = read_info(file)
+        digest = file_sha256(file)
     except (WeightsError, OSError) as error:
-        message = f"weights {path}: {getattr(error, 'strerror', None) or error}"
+        message = f"weights {path or file}: {getattr(error, 'strerror', None) or error}"
         raise UserError(message) from None
-    return {"path": path, "sha256": digest, "heads": heads_in_words(info), **info.to_dict()}
+    return {"path": str(path or file), "sha256": digest, "heads": heads_in_words(info)} | (
+        info.to_dict()
+    )
 
 
 def heads_in_words(info: "WeightsInfo") -> str:

@@ -17,7 +17,6 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
 METADATA_KEY = "segformer3d"
-BUNDLED = "bundled/mit_b0.safetensors"
 NUM_CITYSCAPES_CLASSES = 19
 NAMES_SHOWN = 3
 HEADER_BYTES_MAX = 100_000_000  # the format's own limit
@@ -141,9 +139,14 @@ def model_from_bytes(data: bytes) -> tuple[Segformer3D, WeightsInfo]:
     return _fitted_model(info.config, _load_safetensors(data)), info
 
 
+def bundled_path() -> Path:
+    """Return where the weights file of the package lies: MiT-B0, for trying things out."""
+    return Path(__file__).with_name("bundled") / "mit_b0.safetensors"
+
+
 def bundled_weights() -> bytes:
-    """Return the weights file in the package, MiT-B0 for trying things out; see its card."""
-    return files("segformer3d").joinpath(BUNDLED).read_bytes()
+    """Return the weights file of the package; `weights show` prints its card."""
+    return bundled_path().read_bytes()
 
 
 def untrained_weights(variant: str = "mit_b0", seed: int = 0) -> bytes:

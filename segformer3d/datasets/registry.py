@@ -76,7 +76,10 @@ def _options(address: str, query: str, kind: Kind) -> Options:
 
 
 def _camvid(folder: str, options: Options) -> SampleSource:
-    return CamVid(_path(folder), options.get("split", "val"))
+    height_cm = _whole(options, "ground_depth_cm", 0)
+    return CamVid(
+        _path(folder), options.get("split", "val"), ground_depth_m=height_cm / 100 or None
+    )
 
 
 def _cityscapes(folder: str, options: Options) -> SampleSource:
@@ -124,7 +127,7 @@ def _whole(options: Options, name: str, default: int, *, least: int = 0) -> int:
 
 
 KINDS: dict[str, Kind] = {
-    "camvid": Kind(_camvid, ("split",)),
+    "camvid": Kind(_camvid, ("split", "ground_depth_cm")),
     "cityscapes": Kind(_cityscapes, ("split",)),
     "folder": Kind(_folder, ("labels", "split")),
     "origin": Kind(_origin, ("split",)),

@@ -156,6 +156,13 @@ def test_cancel_asks_live_drivers_only(run, job):
     assert not is_cancelled(job.store, dead)
 
 
+def test_weights_show_without_a_name_is_the_card_of_those_in_the_box(run):
+    code, out, _ = run("weights", "show")
+    assert code == 0
+    for word in ("CamVid", "trying out", "camvid.mean_iou", "sha256"):
+        assert word in out
+
+
 def test_weights_show(run, tmp_path):
     path = tmp_path / "tiny.safetensors"
     path.write_bytes(untrained_weights(TINY))

@@ -1,5 +1,6 @@
 """A finished job read as a data set: the labels it wrote, the frames of its archive."""
 
+import json
 import os
 import pickle
 
@@ -7,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from jobs import cli
 from jobs.datasets import open_any_dataset
 from jobs.job_dataset import JobDataset
 from jobs.plan import make_plan, open_output
@@ -24,7 +27,7 @@ from pipeline.stages import AnnotateShard, PublishShard, StageContext
 from segformer3d.config import METRIC_DEPTH
 from segformer3d.datasets import DatasetError
 from segformer3d.draw import resize_depth
-from segformer3d.weights import untrained_weights
+from segformer3d.weights import read_info, untrained_weights
 from tests.jobs.job_parts import TINY
 from tests.media import encode_cv2, picture, write_video
 
@@ -263,3 +266,33 @@ def test_a_job_without_segmentation(job):
     row = {"asset": "a.jpg", "frame_index": 0, "class_ids": None, "depth": None}
     sample = source._sample(row, np.zeros((32, 32, 3), np.uint8))
     assert (sample.class_ids, sample.depth) == (None, None)
+
+
+def test_a_job_is_what_the_next_weights_are_trained_on(job, tmp_path, capsys):
+    """The loop closes: `train` learns from what a job wrote, and from nothing else."""
+    recipe = {
+        "model": {"variant": TINY, "head_width": 16, "depth_activation": "exp"},
+        "short_side_px": 96,
+        "data": [{"dataset": f"job:{job[0].url}"}],
+        "phases": [{"steps": 30, "crop_px": [64, 64], "batch": 2}],
+        "optimizer": {"rate": 3e-3},
+        "loss": {"depth_kind": "log_l1"},
+        "validation": {
+            "datasets": {"job": f"job:{job[0].url}"},
+            "losses": True,
+            "every_steps": 15,
+            "best": ["-job.loss"],
+            "limit": 4,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    code = cli.run(["train", str(path), "--output", str(tmp_path / "trained"), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (code, report["outcome"], report["step"]) == (0, "done", 30)
+    rows = (tmp_path / "trained" / "log.csv").read_text().splitlines()
+    losses = [float(row.split(",")[2]) for row in rows if ",job.loss," in row]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    info = read_info(tmp_path / "trained" / "best.safetensors")
+    assert info.quality["job.loss"] == pytest.approx(losses[1])
