@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from segformer3d.collective import gather
+from segformer3d.files import replaced_whole
 from segformer3d.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -19,15 +19,8 @@ REASON_CHARS_MAX = 120
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; it replaces the one before only once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_whole(path) as file:
+        torch.save(dict(state), file)
 
 
 def read_checkpoint(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import re
 import struct
@@ -37,6 +36,7 @@ from segformer3d.config import (
     WeightsInfo,
     mit_variant,
 )
+from segformer3d.files import replaced_whole
 from segformer3d.model import Segformer3D, build_model
 
 if TYPE_CHECKING:
@@ -80,16 +80,8 @@ def save_weights(
 ) -> None:
     """Write a weights file; it appears under its name whole or not at all."""
     data = weights_to_bytes(model, info, half=half)
-    path = _path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_whole(_path(path)) as file:
+        file.write(data)
 
 
 def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
