@@ -4,7 +4,6 @@ Frames come of the very functions that a job's decoding child calls. A file that
 ends the process here, which a job would survive.
 """
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from pipeline.records import Asset, AssetKind
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
 from pipeline.sources.listing import asset_kind, list_assets
-from pipeline.sources.video import probe_video, read_frames
+from pipeline.sources.video import probe_video, quiet_ffmpeg, read_frames
 from pipeline.storage import StorageOptions, Store, escape_path, open_input, unescape_path
 from pipeline.storage.paths import literal_glob
 
@@ -165,7 +164,7 @@ def open_footage(file: SourceFile, limits: DecodeLimits) -> Iterator[Footage]:
             frames = iter([Frame(index=0, pixels=pixels)])
             yield Footage(kind="image", width=width, height=height, frames=frames)
             return
-        _quiet_ffmpeg()
+        quiet_ffmpeg()
         with _typed_errors():
             probe = probe_video(opened, _asset(file), limits, _no_progress)
         yield Footage(
@@ -343,14 +342,6 @@ def _typed_errors() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _quiet_ffmpeg() -> None:
-    """As in the decoding child: messages come with exceptions and are printed nowhere."""
-    av.logging.set_level(av.logging.ERROR)
-    logger = logging.getLogger("libav")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
 
 
 def _no_progress() -> None:

@@ -5,7 +5,6 @@ came with the request. It ends at once, whatever it is doing, when the parent is
 it where not even that works. Only ``pipeline.decode`` starts it.
 """
 
-import logging
 import mmap
 import os
 import resource
@@ -48,7 +47,7 @@ from pipeline.geometry import UInt8Array, resize
 from pipeline.records import Asset, Slice
 from pipeline.sources.assets import AssetProbe, DecodeLimits, check_pixels
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
-from pipeline.sources.video import probe_video, read_frames
+from pipeline.sources.video import probe_video, quiet_ffmpeg, read_frames
 from pipeline.storage import Store, open_store, unescape_path
 
 _PREFETCH_THREADS = 8
@@ -92,9 +91,7 @@ def _confine(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     cv2.setNumThreads(1)
     # Kept at errors, which then come with exceptions, but printed nowhere.
-    av.logging.set_level(av.logging.ERROR)
-    logging.getLogger("libav").addHandler(logging.NullHandler())
-    logging.getLogger("libav").propagate = False
+    quiet_ffmpeg()
 
 
 def _listen(channel: socket.socket, requests: SimpleQueue[tuple[Request, int | None]]) -> None:

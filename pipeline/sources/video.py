@@ -7,6 +7,7 @@ first video stream that is no cover picture; RGB by libswscale at the coded size
 channel; the display matrix is applied, the pixel aspect ratio is not; fields stay interlaced.
 """
 
+import logging
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -73,6 +74,14 @@ class _Timeline:
     keyframes: list[int] = field(default_factory=list)
     end_s: float = 0.0
     failure: str | None = None
+
+
+def quiet_ffmpeg() -> None:
+    """Keep messages for the exceptions that they come with, and print them nowhere."""
+    av.logging.set_level(av.logging.ERROR)
+    logger = logging.getLogger("libav")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
 
 
 def probe_video(
