@@ -41,6 +41,7 @@ FATE_S = 30.0
 LATE_FATE_S = 90.0
 POLL_S = 0.05
 _MARK = "SEGFORMER3D_TEST_RUN"
+_HARMLESS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 Row = tuple[str, str, str | None, str | None, str | None]
 
@@ -145,11 +146,15 @@ class JobUnderTest:
         return found
 
     def workers(self) -> dict[int, str]:
-        """Those that may yet do something: not Ray's workers that had no task when it died."""
+        """Those that may yet do something to the job.
+
+        Not Ray's workers that had no task when it died, nor its agents: one that was just starting
+        takes up to a minute to notice that the node's head is gone.
+        """
         return {
             pid: command
             for pid, command in self.processes().items()
-            if "default_worker.py" not in command and not command.startswith("ray::IDLE")
+            if "default_worker.py" not in command and not command.startswith(_HARMLESS)
         }
 
     def wait_until_idle(self) -> float:
