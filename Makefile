@@ -20,8 +20,10 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/segformer3d demo
 
+# What starts Ray wants the machine to itself; the rest goes by files, two at a time.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
 
 check: setup
 	$(BIN)/ruff format --check .

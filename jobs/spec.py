@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
 from pipeline.geometry import Geometry
 from pipeline.storage import StorageOptions
+from segformer3d.strict_yaml import StrictYamlError, parse_yaml
 
 _BRIEFLY = reprlib.Repr()
 _BRIEFLY.maxlevel, _BRIEFLY.maxstring = 1, 80
@@ -266,18 +266,6 @@ def check_spec(fields: object, where: str) -> JobSpec:
         raise UserError(message) from None
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                message = f"the key {key!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -296,12 +284,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        message = f"{where}: not YAML: {' '.join(str(error).split())}"
-        raise UserError(message) from None
-    except RecursionError:
-        message = f"{where}: not YAML that a job could be: nested too deeply"
+        return parse_yaml(text)
+    except StrictYamlError as error:
+        message = f"{where}: {error}"
         raise UserError(message) from None
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from pipeline.errors import JobError, UserError
+from segformer3d.strict_yaml import StrictYamlError, parse_yaml
 
 if TYPE_CHECKING:
     from segformer3d.recipe import Recipe
@@ -109,9 +108,9 @@ def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
             message = f"--set {item}: write --set section.key=value"
             raise UserError(message)
         try:
-            fields[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            message = f"--set {item}: not YAML: {_line(error)}"
+            fields[name.strip()] = parse_yaml(value)
+        except StrictYamlError as error:
+            message = f"--set {item}: {error}"
             raise UserError(message) from None
     return fields
 

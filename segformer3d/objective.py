@@ -97,23 +97,42 @@ class Objective(nn.Module):
     def terms(self, outputs: DenseOutputs, batch: Batch) -> Terms:
         """Give this rank's losses against its labels, and the weight of each, by name."""
         options = self.options
-        size = (batch.image.shape[2], batch.image.shape[3])
+        pick = self._pixels(batch)
+        class_ids = batch.class_ids[pick]
+        size = (class_ids.shape[1], class_ids.shape[2])
         terms: Terms = {}
         if outputs.logits is not None and options.classes:
             # In bfloat16, sums of exponentials and interpolated logits would lose too much.
             logits = resize_bilinear(merge_logits(outputs.logits.float(), batch.groups), size)
-            loss = cross_entropy(logits, batch.class_ids, self.class_weights)
+            log_p = logits.log_softmax(1)
+            loss = cross_entropy(log_p, class_ids, self.class_weights)
             terms["classes"] = (loss, options.classes)
             if options.overlap:
-                terms["overlap"] = (soft_jaccard(logits, batch.class_ids), options.overlap)
+                terms["overlap"] = (soft_jaccard(log_p, class_ids), options.overlap)
         if outputs.depth is not None and options.depth:
+            known = batch.depth[pick]
             depth = resize_bilinear(outputs.depth.float(), size)[:, 0]
-            terms["depth"] = (DEPTH_LOSSES[options.depth_kind](depth, batch.depth), options.depth)
+            terms["depth"] = (DEPTH_LOSSES[options.depth_kind](depth, known), options.depth)
             if options.sky_depth_m is not None:
-                sky = (batch.class_ids == SKY_ID) & (batch.depth == 0)
+                sky = (class_ids == SKY_ID) & (known == 0)
                 target = sky * torch.full_like(depth, options.sky_depth_m)
                 terms["sky"] = (log_l1(depth, target), options.sky_weight)
         return terms
+
+    def _pixels(self, batch: Batch) -> tuple[slice, slice, slice]:
+        """Choose the labelled pixels that are looked at: one of each square of `stride` a side.
+
+        The predictions are resized to the squares' centres; which pixel of the squares it is
+        changes from step to step, so that none stands for its square for long.
+        """
+        stride = self.options.stride
+        sides = torch.tensor(batch.class_ids.shape[1:])
+        if self.training and stride > 1:
+            top, left = torch.randint(stride, (2,)).tolist()
+        else:
+            top = left = stride // 2
+        down, across = (sides // stride * stride).tolist()
+        return slice(None), slice(top, down, stride), slice(left, across, stride)
 
     def _weighed(self, name: str, value: Tensor, share: Tensor) -> Tensor:
         if self.uncertainty is None or name not in self.uncertainty.log_variance:

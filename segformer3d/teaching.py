@@ -121,7 +121,7 @@ class Lessons(nn.Module):
     def _hinted(self, maps: Sequence[Tensor], theirs: Sequence[Tensor]) -> Loss:
         """Mean over the hinted maps of each frame's mean cosine distance."""
         distances = [
-            1 - functional.cosine_similarity(hint(own).float(), other.float(), dim=1).mean((1, 2))
+            1 - functional.cosine_similarity(hint(own.float()), other.float(), dim=1).mean((1, 2))
             for hint, own, other in zip(
                 self.hints, maps[FIRST_HINT:], theirs[FIRST_HINT:], strict=True
             )

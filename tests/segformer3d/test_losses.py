@@ -56,7 +56,7 @@ def test_cross_entropy_is_the_negative_log_probability():
                 p = logits[b, :, y, x].softmax(0)[label].item()
                 factor = 1.0 if class_weights is None else float(class_weights[label])
                 total, weight = total - factor * math.log(p), weight + factor
-        loss = cross_entropy(logits, target, class_weights)
+        loss = cross_entropy(logits.log_softmax(1), target, class_weights)
         assert loss.total.item() == pytest.approx(total, rel=1e-5)
         assert loss.weight.item() == pytest.approx(weight)
 
@@ -253,7 +253,7 @@ def test_soft_jaccard_is_the_mean_over_the_classes_that_are_there():
     logits = torch.randn(2, 5, 4, 6, requires_grad=True)
     target = torch.randint(0, 3, (2, 4, 6))
     target[0, :2] = 255
-    loss = soft_jaccard(logits, target)
+    loss = soft_jaccard(logits.log_softmax(1), target)
     p, known = logits.softmax(1), target != 255
     indices = []
     for k in target[known].unique().tolist():
@@ -268,7 +268,39 @@ def test_soft_jaccard_is_the_mean_over_the_classes_that_are_there():
 
 def test_soft_jaccard_of_a_perfect_guess_and_of_nothing():
     target = torch.randint(0, 5, (1, 8, 8))
-    sure = 100.0 * torch.nn.functional.one_hot(target, 5).permute(0, 3, 1, 2)
+    sure = (100.0 * torch.nn.functional.one_hot(target, 5).permute(0, 3, 1, 2)).log_softmax(1)
     assert soft_jaccard(sure, target).total.item() == pytest.approx(0, abs=1e-6)
     unknown = soft_jaccard(sure, torch.full_like(target, 255))
     assert (unknown.total, unknown.weight) == (0, 0)
+
+
+def test_a_stride_looks_at_one_pixel_of_each_square():
+    torch.manual_seed(0)
+    samples = [
+        Sample(str(i), np.zeros((12, 17, 3), np.uint8), ids, depth)
+        for i, (ids, depth) in enumerate(
+            (
+                torch.randint(0, 19, (12, 17)).numpy().astype(np.uint8),
+                torch.rand(12, 17).numpy() * 9 + 1,
+            )
+            for _ in range(2)
+        )
+    ]
+    batch = batch_of(samples, [tuple(range(19))] * 2, [False, False])
+    # Of the size of what is looked at, so that nothing is resized.
+    outputs = DenseOutputs(torch.randn(2, 19, 6, 8), torch.rand(2, 1, 6, 8) + 1)
+    loss = {"overlap": 0.5, "depth_kind": "log_l1", "stride": 2}
+    objective = Objective(make_recipe(loss=loss)).eval()
+    terms = objective.terms(outputs, batch)
+    log_p, ids = outputs.logits.log_softmax(1), batch.class_ids[:, 1:12:2, 1:16:2]
+    expected = {
+        "classes": cross_entropy(log_p, ids, None),
+        "overlap": soft_jaccard(log_p, ids),
+        "depth": log_l1(outputs.depth[:, 0], batch.depth[:, 1:12:2, 1:16:2]),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name][0].total, value.total)
+    # While learning it is another pixel each time: in the end, all four.
+    objective.train()
+    totals = {float(objective.terms(outputs, batch)["depth"][0].total) for _ in range(40)}
+    assert len(totals) == 4

@@ -52,10 +52,15 @@ def test_a_mistake_is_one_line_that_names_the_key(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "", "a: \x00"])
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "a: \x00", "[" * 3000])
 def test_no_yaml(tmp_path, text):
     with pytest.raises(RecipeError, match=r"YAML|mapping"):
         load_recipe(write(tmp_path, text))
+
+
+def test_a_key_that_stands_twice(tmp_path):
+    with pytest.raises(RecipeError, match="'rate' stands twice"):
+        load_recipe(write(tmp_path, "optimizer: {rate: 1.0e-3, rate: 1.0e-4}"))
 
 
 def test_no_file(tmp_path):

@@ -85,3 +85,15 @@ def test_hints_are_the_mean_cosine_distance_of_all_samples(model):
     assert factor == 2.0
     assert (loss.total / loss.weight).item() == pytest.approx(expected, rel=1e-4)
     assert loss.weight == 2
+
+
+def test_hints_are_taken_from_maps_of_half_the_width(model):
+    lessons = lessons_of(model, features=1.0)
+    x = torch.randn(2, 3, 64, 64)
+    maps = [torch.randn_like(map_).bfloat16().requires_grad_() for map_ in model.encoder(x)]
+    outputs, asked = DenseOutputs(None, None), torch.tensor([False, False])
+    loss, _ = lessons(maps, outputs, asked, x)["taught_features"]
+    exact = lessons([map_.float() for map_ in maps], outputs, asked, x)["taught_features"][0]
+    torch.testing.assert_close(loss.total, exact.total)
+    loss.total.backward()
+    assert all(map_.grad.abs().sum() > 0 for map_ in maps[1:])
