@@ -125,15 +125,15 @@ def _furniture(rng: np.random.Generator, street: Street, side: int) -> Iterator[
     for z_m in np.arange(2.0, STREET_LENGTH_M, spacing_m):
         if rng.random() < 0.75:
             yield _tree(rng, side * (street.half_m + 1.0), float(z_m + rng.uniform(0, 4)))
-    for _ in range(7):
-        z_m, size_m = rng.uniform(0, STREET_LENGTH_M), rng.uniform(0.6, 0.9)
+    for _ in range(9):
+        z_m, size_m = rng.uniform(0, STREET_LENGTH_M), rng.uniform(0.6, 1.0)
         height_m = float(rng.uniform(2.5, 3.3))
         yield Thing(
             "sign", kerb_m, float(z_m), float(size_m), height_m, base_m=KERB_M, style=_style(rng)
         )
-    for z_m in (22.0, 82.0, 142.0, 202.0):
+    for z_m in np.arange(22.0, STREET_LENGTH_M, 40.0):
         lit = street.style + int(z_m)
-        yield Thing("signal", kerb_m, z_m, 0.3, 3.6, base_m=KERB_M, style=lit)
+        yield Thing("signal", kerb_m, float(z_m), 0.3, 3.6, base_m=KERB_M, style=lit)
 
 
 def _vehicle(
@@ -220,7 +220,7 @@ def _people(rng: np.random.Generator, street: Street, side: int) -> Iterator[Thi
 def _make_street(rng: np.random.Generator) -> Street:
     return Street(
         num_lanes=int(rng.choice([1, 1, 2])),
-        lane_m=float(rng.uniform(3.0, 3.6)),
+        lane_m=float(rng.uniform(3.1, 3.5)),
         parking_m=float(rng.uniform(2.2, 2.6)),
         pavement_m=float(rng.uniform(2.0, 4.5)),
         style=_style(rng),
@@ -231,9 +231,9 @@ def _make_street(rng: np.random.Generator) -> Street:
 def _make_camera(rng: np.random.Generator, street: Street) -> Camera:
     return Camera(
         x_m=street.lane_m * (float(rng.integers(street.num_lanes)) + 0.5),
-        height_m=float(rng.uniform(1.15, 1.9)),
+        height_m=float(rng.uniform(1.25, 1.65)),
         pitch_rad=float(rng.uniform(-0.02, 0.09)),
-        focal_widths=float(rng.uniform(0.7, 1.0)),
+        focal_widths=float(rng.uniform(0.8, 0.95)),
         sway=float(rng.uniform(0.3, 1.0)),
         bonnet=float(rng.choice([0.0, 0.0, 0.06, 0.1])),
     )
