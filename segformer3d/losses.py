@@ -160,6 +160,20 @@ def log_l1(depth: Tensor, target: Tensor) -> Loss:
     return Loss((_log_difference(depth, target) * known).abs().sum(), known.sum().to(depth))
 
 
+def relative(depth: Tensor, target: Tensor) -> Loss:
+    """Absolute error over true depth, known pixels only: AbsRel of Eigen et al. 2014, section 4.2.
+
+    Unlike `log_l1` it forgives no far guess at something near, as at the rims of poles.
+
+    Args:
+        depth: float (B, H, W).
+        target: float (B, H, W), 0 where unknown.
+    """
+    known = target > 0
+    error = (depth.float() - target).abs() / torch.where(known, target, 1)
+    return Loss((error * known).sum(), known.sum().to(error))
+
+
 def distillation(student_bkhw: Tensor, teacher_bkhw: Tensor, temperature: float) -> Loss:
     """Kullback-Leibler divergence of the student from its teacher, times temperature squared.
 
@@ -180,6 +194,7 @@ DEPTH_LOSSES = {
     "inverse_huber": inverse_huber,
     "scale_invariant_log": scale_invariant_log,
     "log_l1": log_l1,
+    "relative": relative,
 }
 
 

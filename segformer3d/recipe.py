@@ -128,7 +128,7 @@ class LossSection(_Section):
     classes: Weight = 1.0
     class_weights: tuple[Positive, ...] | None = Field(None, min_length=19, max_length=19)
     overlap: Weight = 0.0
-    depth_kind: Literal["mse", "inverse_huber", "scale_invariant_log", "log_l1"] = "mse"
+    depth_kind: Literal["mse", "inverse_huber", "scale_invariant_log", "log_l1", "relative"] = "mse"
     depth: Weight = 1.0
     sky_depth_m: Positive | None = None
     sky_weight: Weight = 0.1

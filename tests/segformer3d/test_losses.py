@@ -19,6 +19,7 @@ from segformer3d.losses import (
     log_l1,
     merge_logits,
     mse,
+    relative,
     scale_invariant_log,
     soft_jaccard,
 )
@@ -115,6 +116,15 @@ def test_scale_invariant_log_with_full_focus_ignores_the_scale(depths):
 def test_log_l1(depths):
     expected = sum(abs(math.log(d) - math.log(t)) for d, t in known_pairs(*depths))
     assert log_l1(*depths).total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_relative(depths):
+    pairs = known_pairs(*depths)
+    loss = relative(*depths)
+    assert loss.total.item() == pytest.approx(sum(abs(d - t) / t for d, t in pairs), rel=1e-5)
+    assert loss.weight == len(pairs)
+    loss.total.backward()
+    assert not depths[0].grad[depths[1] == 0].any()
 
 
 @pytest.mark.parametrize("kind", ["mse", "inverse_huber"])
