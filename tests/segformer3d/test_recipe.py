@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from segformer3d.config import METRIC_DEPTH, ORIGIN_DEPTH
+from segformer3d.datasets.registry import KINDS
 from segformer3d.recipe import RecipeError, codec_of, expanded, load_recipe
 from tests.segformer3d.training_parts import make_recipe
 
@@ -119,6 +120,22 @@ def test_the_origin_s_recipe_is_the_origin_s(project_root):
     assert recipe.model.variant == "mit_b3"
     assert codec_of(recipe) == ORIGIN_DEPTH
     assert recipe.resolved([500]).num_steps == -(-200 * 500 // 64)
+
+
+def test_the_recipes_of_the_weights_in_the_box_can_be_read(project_root, monkeypatch):
+    for name in ("CAMVID", "DASHCAM", "SCENES", "START", "TEACHER"):
+        monkeypatch.setenv(name, "somewhere")
+    paths = sorted((project_root / "configs" / "train").glob("bundled*.yaml"))
+    assert len(paths) == 4
+    for path in paths:
+        recipe = load_recipe(path)
+        addresses = [item.dataset for item in recipe.data] + list(
+            recipe.validation.datasets.values()
+        )
+        kinds = {address.partition(":")[0] for address in addresses}
+        assert kinds <= set(KINDS)
+        assert recipe.short_side_px == 352
+        assert recipe.resolved([100] * len(recipe.data)).num_steps > 500
 
 
 def test_the_multi_task_recipe_uses_what_there_is(project_root):
