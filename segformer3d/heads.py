@@ -102,42 +102,51 @@ class FoldedHeads(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Turn four maps (B, embed_dims[s], h_s, w_s) into float32 (B, out, h_0, w_0) per head."""
         finest_bhwc, *others_bhwc = (map_.permute(0, 2, 3, 1) for map_ in maps)
-        height = finest_bhwc.shape[1]
-        columns = [
-            resize_bilinear(
-                functional.linear(map_, weight).permute(0, 3, 1, 2), (height, map_.shape[2])
-            )
+        lows_bhwc = [
+            functional.linear(map_, weight)
             for map_, weight in zip(others_bhwc, self.weights[1:], strict=True)
         ]
-        rows = _band_rows(finest_bhwc, sum(self.widths))
-        bands = [
-            self._predict(
-                finest_bhwc[:, top : top + rows], [c[:, :, top : top + rows] for c in columns]
-            )
-            for top in range(0, height, rows)
-        ]
-        outs_bhwc = (torch.cat(parts, dim=1) for parts in zip(*bands, strict=True))
+        if _is_plain(finest_bhwc) and all(_is_plain(low) for low in lows_bhwc):
+            samples = zip(finest_bhwc, *lows_bhwc, strict=True)
+            outs_hwc = [self._forward_compiled(finest, lows) for finest, *lows in samples]
+            outs_bhwc = [torch.stack(outs) for outs in zip(*outs_hwc, strict=True)]
+        else:
+            outs_bhwc = self._forward_torch(finest_bhwc, lows_bhwc)
         return [out.permute(0, 3, 1, 2) for out in outs_bhwc]
 
-    def _predict(self, finest_bhwc: Tensor, columns: Sequence[Tensor]) -> list[Tensor]:
-        """Predict a band of rows; `columns` are (B, C, rows, w_s), still to be widened."""
+    def _forward_compiled(self, finest_hwc: Tensor, lows_hwc: Sequence[Tensor]) -> list[Tensor]:
+        """Predict one sample on a CPU, so many rows at a time that they stay in the cache."""
+        # Numba takes half a second to import, and processes that run no model need none.
+        from segformer3d.native import add_resized_relu
+
+        height, width, _ = finest_hwc.shape
+        first, second, third = (low.numpy() for low in lows_hwc)
+        rows = max(1, BAND_FLOATS // (width * sum(self.widths)))
+        bands = []
+        for top in range(0, height, rows):
+            hidden = functional.linear(finest_hwc[top : top + rows], self.weights[0], self.bias)
+            add_resized_relu(hidden.numpy(), (first, second, third), top, height)
+            bands.append(self._predict(hidden))
+        return [torch.cat(parts) for parts in zip(*bands, strict=True)]
+
+    def _forward_torch(self, finest_bhwc: Tensor, lows_bhwc: Sequence[Tensor]) -> list[Tensor]:
         size = (finest_bhwc.shape[1], finest_bhwc.shape[2])
-        hidden = functional.linear(finest_bhwc, self.weights[0], self.bias).permute(0, 3, 1, 2)
-        for column in columns:
-            hidden += resize_bilinear(column, size)
+        hidden_bchw = functional.linear(finest_bhwc, self.weights[0], self.bias).permute(0, 3, 1, 2)
+        for low in lows_bhwc:
+            hidden_bchw = hidden_bchw + resize_bilinear(low.permute(0, 3, 1, 2), size)
+        return self._predict(functional.relu(hidden_bchw).permute(0, 2, 3, 1))
+
+    def _predict(self, hidden: Tensor) -> list[Tensor]:
+        """Turn (..., all widths) into float32 (..., out) per head."""
         # In bfloat16 neighbouring logits would tie: the last product is always in float32.
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden_bhwc = functional.relu_(hidden).float().permute(0, 2, 3, 1)
-            parts = torch.split(hidden_bhwc, self.widths, dim=-1)
+            parts = torch.split(hidden.float(), self.widths, dim=-1)
             return [predict(part) for predict, part in zip(self.predicts, parts, strict=True)]
 
 
-def _band_rows(finest_bhwc: Tensor, hidden_width: int) -> int:
-    """Rows to predict at a time: all on a GPU, as many as a cache holds on a CPU (2x faster)."""
-    batch, height, width, _ = finest_bhwc.shape
-    if finest_bhwc.device.type != "cpu":
-        return height
-    return max(1, BAND_FLOATS // max(1, batch * width * hidden_width))
+def _is_plain(x: Tensor) -> bool:
+    """Whether compiled code may read it as an array."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad
 
 
 def _fold(head: AllMLPHead) -> tuple[list[Tensor], Tensor]:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segformer3d.class_ids import resolve_class_ids
 from segformer3d.config import DEPTH_CODE_MAX, DEPTH_INVALID
 from segformer3d.heads import FoldedHeads
-from segformer3d.layers import resize_bilinear
 from segformer3d.model import activate_depth
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 SIDE_MULTIPLE = 32
 IGNORE_ID = 255
 MICRO_BATCH_GPU = 8
-BAND_FLOATS_CPU = 2**19  # logits of full size made at a time: 2 MiB, about a core's cache
-BAND_FLOATS_GPU = 2**28  # 1 GiB
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,9 @@ class Predictor:
         finite_b = torch.stack([out.isfinite().flatten(1).all(1) for out in outs]).all(0)
         class_ids = confidence = entropy = depth = None
         if self._has_segmentation:
-            confidence, entropy = _confidence_and_entropy(outs[0])
-            class_ids = resolve_class_ids(outs[0], size)
+            # What is not finite has no largest class.
+            logits = torch.where(finite_b[:, None, None, None], outs[0], 0)
+            class_ids, confidence, entropy = resolve_class_ids(logits, size)
             class_ids = torch.where(finite_b[:, None, None], class_ids, IGNORE_ID)
         if self._codec is not None:
             metres = activate_depth(outs[-1][:, 0], self._config)
@@ -200,42 +199,6 @@ class Predictor:
         if self.device.type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
-
-
-def resolve_class_ids(logits_bkq: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize logits bilinearly and take each pixel's largest class, a band of rows at a time.
-
-    No plane of full size per class is ever made: rows are resized first, at a quarter of the
-    width, then each band is widened and reduced to class ids while it is in the cache. Looking
-    only at pixels whose four neighbours disagree was not faster (1.2 to 5 times slower on a CPU,
-    by how busy the picture is).
-
-    Args:
-        logits_bkq: float (B, K, h, w), K at most 255.
-        size: Height and width wanted.
-
-    Returns:
-        uint8 (B, height, width).
-    """
-    height, width = size
-    batch, num_classes, _, source_width = logits_bkq.shape
-    # Channels last: both steps are then several times faster on a CPU.
-    logits_bkq = logits_bkq.contiguous(memory_format=torch.channels_last)
-    columns = resize_bilinear(logits_bkq, (height, source_width))
-    floats = BAND_FLOATS_CPU if logits_bkq.device.type == "cpu" else BAND_FLOATS_GPU
-    rows = max(1, floats // (batch * num_classes * width))
-    bands = (columns[:, :, top : top + rows] for top in range(0, height, rows))
-    ids = [
-        resize_bilinear(band, (band.shape[2], width)).argmax(1).to(torch.uint8) for band in bands
-    ]
-    return torch.cat(ids, dim=1)
-
-
-def _confidence_and_entropy(logits_bkq: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the grid of the largest class probability and of the entropy in nats: (B,) each."""
-    log_p = logits_bkq.log_softmax(1)
-    p = log_p.exp()
-    return p.amax(1).mean((1, 2)), -(p * log_p).sum(1).mean((1, 2))
 
 
 def _encode_depth(depth: Tensor, codec: DepthCodec) -> Tensor:

@@ -68,6 +68,21 @@ def test_folded_heads_are_the_same_function(heads, batch, band_floats, monkeypat
             assert relative_difference(out, head(maps)) < 1e-5
 
 
+def test_folded_heads_are_the_same_function_without_compiled_code(heads, monkeypatch):
+    monkeypatch.setattr(heads_module, "_is_plain", lambda _: False)
+    folded = FoldedHeads(heads)
+    maps = maps_of(2, 32, 40)
+    with torch.inference_mode():
+        for head, out in zip(heads, folded(maps), strict=True):
+            assert relative_difference(out, head(maps)) < 1e-5
+
+
+def test_folded_heads_let_gradients_through(heads):
+    maps = [map_.requires_grad_() for map_ in maps_of(1, 16, 16)]
+    for gradient in torch.autograd.grad(sum(out.sum() for out in FoldedHeads(heads)(maps)), maps):
+        assert gradient.abs().sum() > 0
+
+
 def test_folded_heads_are_no_further_from_float64_than_the_heads(heads):
     folded = FoldedHeads(heads)
     maps = maps_of(2, 32, 40)

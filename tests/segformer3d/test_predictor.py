@@ -15,7 +15,7 @@ from segformer3d.config import (
     WeightsInfo,
 )
 from segformer3d.model import build_model
-from segformer3d.predictor import Predictor, resolve_class_ids
+from segformer3d.predictor import Predictor
 
 CONFIG = ModelConfig(variant="mit:8,16,40,64:1,1,1,1", head_width=16)
 
@@ -241,21 +241,6 @@ def test_class_ids_at_the_asset_size_come_from_the_logits():
     )
     agreement = (nearest[:, 0].numpy() == large.class_ids).mean()
     assert 0.6 < agreement < 1
-
-
-@pytest.mark.parametrize("kind", ["random", "smooth"])
-@pytest.mark.parametrize("size", [(64, 96), (45, 77), (108, 131), (12, 20), (16, 24)])
-@pytest.mark.parametrize("band_floats", [1, 20_000, 2**19])
-def test_class_ids_are_those_of_resizing_then_argmax(kind, size, band_floats, monkeypatch):
-    monkeypatch.setattr(predictor_module, "BAND_FLOATS_CPU", band_floats)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 19, *((16, 24) if kind == "random" else (4, 6)), generator=generator)
-    logits = functional.interpolate(logits, size=(16, 24), mode="bicubic")
-    full = functional.interpolate(logits.double(), size=size, mode="bilinear", align_corners=False)
-    ids = resolve_class_ids(logits, size)
-    assert ids.dtype == torch.uint8
-    assert ids.shape == (2, *size)
-    assert_ids_are_the_largest(ids, full)
 
 
 def test_depth_codes_on_the_device_are_those_of_the_codec():

@@ -1,0 +1,224 @@
+"""Compiled loops of the model's last steps on a CPU: the heads' sum, and class ids from logits.
+
+Compiled by Numba when first called (seconds), and kept in its cache from then on. No build step.
+
+Shapes, also at the end of names: h and w the grid's sides, k classes, y and x the output's sides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import numba
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    F32 = NDArray[np.float32]
+    I32 = NDArray[np.int32]
+    U8 = NDArray[np.uint8]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_LEAST = np.float32(-87.0)  # smaller exponentials are no normal float32
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_C5, _C4, _C3 = (
+    np.float32(1.9875691500e-4),
+    np.float32(1.3981999507e-3),
+    np.float32(8.3334519073e-3),
+)
+_C2, _C1, _C0 = (
+    np.float32(4.1665795894e-2),
+    np.float32(1.6666665459e-1),
+    np.float32(5.0000001201e-1),
+)
+
+
+def _compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Compile a function when it is first called; it then runs without Python's lock."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        compiled: Callable[_P, _R] = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither beside this file nor in the user's cache folder may be written
+        compiled = numba.njit(**options)(function)
+    return compiled
+
+
+def resolve(logits_hwk: F32, ids_yx: U8) -> tuple[float, float]:
+    """Resize logits bilinearly and take each pixel's largest class, without the resized planes.
+
+    A pixel's resized logits are a convex combination of its four neighbours': where those agree
+    on the largest class, it is the pixel's too. Only where they do not are logits resized.
+
+    Args:
+        logits_hwk: float32 (h, w, K), contiguous, finite, K at most 255.
+        ids_yx: uint8 of the size wanted; filled in.
+
+    Returns:
+        Of the grid, the mean largest class probability and the mean class entropy in nats.
+    """
+    best_hw, confidence, entropy = _grid(logits_hwk)
+    rows, columns = (
+        _taps(*sides) for sides in zip(logits_hwk.shape[:2], ids_yx.shape, strict=True)
+    )
+    _resolve(logits_hwk, best_hw, *rows, *columns, ids_yx)
+    return confidence, entropy
+
+
+def _taps(source: int, target: int) -> tuple[I32, I32, F32]:
+    """Neighbours and the second one's share, as torch's bilinear resize without aligned corners."""
+    places = np.maximum((np.arange(target, dtype=np.float32) + 0.5) * (source / target) - 0.5, 0)
+    first = np.minimum(places.astype(np.int32), source - 1)
+    second = np.minimum(first + 1, source - 1)
+    return first, second, (places - first).astype(np.float32)
+
+
+@_compiled
+def _grid(logits_hwk: F32) -> tuple[U8, float, float]:
+    """Largest class, mean largest probability, mean entropy (log sum - sum of p times logit).
+
+    A row at a time, classes first, so that every inner loop runs along the row and vectorises.
+    """
+    height, width, num_classes = logits_hwk.shape
+    best_hw = np.empty((height, width), np.uint8)
+    row_kx = np.empty((num_classes, width), np.float32)
+    largest = np.empty(width, np.float32)
+    total, moment = np.empty(width, np.float32), np.empty(width, np.float32)
+    power = np.empty(width, np.int32)
+    power_of_two = power.view(np.float32)
+    confidences, entropies = 0.0, 0.0
+    for y in range(height):
+        best = best_hw[y]
+        for x in range(width):
+            for k in range(num_classes):
+                row_kx[k, x] = logits_hwk[y, x, k]
+        largest[:] = row_kx[0]
+        best[:] = 0
+        for k in range(1, num_classes):
+            for x in range(width):
+                is_larger = row_kx[k, x] > largest[x]
+                largest[x] = row_kx[k, x] if is_larger else largest[x]
+                best[x] = np.uint8(k) if is_larger else best[x]
+        total[:] = 0
+        moment[:] = 0
+        for k in range(num_classes):
+            for x in range(width):
+                below = max(row_kx[k, x] - largest[x], _LEAST)
+                # exp(z) = 2^n exp(r), r = z - n ln 2: a polynomial of degree 6, within 2e-7, which
+                # vectorises unlike libm's (coefficients: Cephes, expf).
+                n = np.floor(below * _LOG2_E + np.float32(0.5))
+                r = (below - n * _LN2_HIGH) - n * _LN2_LOW
+                p = ((((_C5 * r + _C4) * r + _C3) * r + _C2) * r + _C1) * r + _C0
+                power[x] = (np.int32(n) + np.int32(127)) << np.int32(23)
+                e = (p * (r * r) + r + np.float32(1)) * power_of_two[x]
+                total[x] += e
+                moment[x] += e * below
+        for x in range(width):
+            confidences += 1 / total[x]
+            entropies += np.log(total[x]) - moment[x] / total[x]
+    number = height * width
+    return best_hw, confidences / number, entropies / number
+
+
+@_compiled
+def _resolve(
+    logits_hwk: F32,
+    best_hw: U8,
+    tops: I32,
+    bottoms: I32,
+    down: F32,
+    lefts: I32,
+    rights: I32,
+    across: F32,
+    ids_yx: U8,
+) -> None:
+    """Fill in `ids_yx`; the taps' shares are `down` and `across`."""
+    num_classes = logits_hwk.shape[2]
+    mixed = np.empty(num_classes, np.float32)
+    for y in range(ids_yx.shape[0]):
+        top, bottom, dy = tops[y], bottoms[y], down[y]
+        for x in range(ids_yx.shape[1]):
+            left, right = lefts[x], rights[x]
+            best = best_hw[top, left]
+            if (
+                best != best_hw[top, right]
+                or best != best_hw[bottom, left]
+                or best != best_hw[bottom, right]
+            ):
+                dx = across[x]
+                for k in range(num_classes):
+                    upper = logits_hwk[top, left, k]
+                    upper += dx * (logits_hwk[top, right, k] - upper)
+                    lower = logits_hwk[bottom, left, k]
+                    lower += dx * (logits_hwk[bottom, right, k] - lower)
+                    mixed[k] = upper + dy * (lower - upper)
+                best = np.uint8(0)
+                for k in range(1, num_classes):
+                    if mixed[k] > mixed[best]:
+                        best = np.uint8(k)
+            ids_yx[y, x] = best
+
+
+def add_resized_relu(hidden_ywc: F32, lows: tuple[F32, F32, F32], top: int, height: int) -> None:
+    """Add bilinearly resized maps to a band of rows, and cut off what is below 0, in place.
+
+    Args:
+        hidden_ywc: float32 (rows, w, C), contiguous: rows `top` onwards of a grid of `height` rows.
+        lows: float32 (h_s, w_s, C) each, contiguous: the maps to resize to (height, w, C).
+        top: The band's first row.
+        height: Rows of the whole grid.
+    """
+    width = hidden_ywc.shape[1]
+    rows = [_taps(low.shape[0], height) for low in lows]
+    columns = [_taps(low.shape[1], width) for low in lows]
+    firsts, seconds, downs = (np.stack(part) for part in zip(*rows, strict=True))
+    lefts, rights, acrosses = (np.stack(part) for part in zip(*columns, strict=True))
+    _add_resized_relu(hidden_ywc, *lows, top, firsts, seconds, downs, lefts, rights, acrosses)
+
+
+@_compiled
+def _add_resized_relu(
+    hidden_ywc: F32,
+    low_1: F32,
+    low_2: F32,
+    low_3: F32,
+    top: int,
+    firsts: I32,
+    seconds: I32,
+    downs: F32,
+    lefts: I32,
+    rights: I32,
+    acrosses: F32,
+) -> None:
+    """Blend two rows of each map first, then two pixels of those; taps are (3, height or w)."""
+    width, channels = hidden_ywc.shape[1:]
+    row_1 = np.empty(low_1.shape[1:], np.float32)
+    row_2 = np.empty(low_2.shape[1:], np.float32)
+    row_3 = np.empty(low_3.shape[1:], np.float32)
+    for y in range(hidden_ywc.shape[0]):
+        at = top + y
+        _blend(low_1[firsts[0, at]], low_1[seconds[0, at]], downs[0, at], row_1)
+        _blend(low_2[firsts[1, at]], low_2[seconds[1, at]], downs[1, at], row_2)
+        _blend(low_3[firsts[2, at]], low_3[seconds[2, at]], downs[2, at], row_3)
+        for x in range(width):
+            pixel = hidden_ywc[y, x]
+            left_1, right_1, share_1 = row_1[lefts[0, x]], row_1[rights[0, x]], acrosses[0, x]
+            left_2, right_2, share_2 = row_2[lefts[1, x]], row_2[rights[1, x]], acrosses[1, x]
+            left_3, right_3, share_3 = row_3[lefts[2, x]], row_3[rights[2, x]], acrosses[2, x]
+            for c in range(channels):
+                value = pixel[c]
+                value += left_1[c] + share_1 * (right_1[c] - left_1[c])
+                value += left_2[c] + share_2 * (right_2[c] - left_2[c])
+                value += left_3[c] + share_3 * (right_3[c] - left_3[c])
+                pixel[c] = max(value, np.float32(0))
+
+
+@_compiled
+def _blend(first: F32, second: F32, share: float, out: F32) -> None:
+    for x in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            out[x, c] = first[x, c] + share * (second[x, c] - first[x, c])
