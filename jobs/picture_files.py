@@ -1,5 +1,6 @@
 """Pictures on disk: their names, whole-or-nothing files, and H.264 that keeps a source's times."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ _DEFAULT_RATE = Fraction(25)
 _LEAST_RATE = Fraction(1, 1001)
 _CRF = "20"
 _MAX_SHOWN_CHARS = 200
+# Of file systems, less what the temporary name adds.
+_NAME_MAX_BYTES = 255 - len("..part")
 # FFmpeg's MP4: ticks between two frames, and the least ticks per second that it makes them of.
 _MAX_GAP_TICKS = 2**31 - 2
 _LEAST_TICKS_PER_S = 10_000
@@ -54,7 +57,7 @@ def output_paths(found: Found, url: str, output: str | None, name: str) -> list[
             message = f"--output {output}: name a folder or a {SUFFIXES[file.kind]} file"
             raise UserError(message)
     else:
-        path = folder / f"{PurePosixPath(file.path).stem}_{name}{SUFFIXES[file.kind]}"
+        path = folder / _picture_name(PurePosixPath(file.path).stem, name, file.kind)
     if file.local_path is not None and _is_same_file(path, file.local_path):
         message = f"--output {path}: this is the input"
         raise UserError(message)
@@ -217,7 +220,18 @@ def _relative_paths(files: Sequence[SourceFile], name: str) -> Iterator[PurePosi
     for path, file in zip(paths, files, strict=True):
         stem = path.with_suffix("")
         alone = stems[stem, file.kind] == 1 and stem not in taken
-        yield path.with_name(f"{path.stem if alone else path.name}_{name}{SUFFIXES[file.kind]}")
+        yield path.with_name(_picture_name(path.stem if alone else path.name, name, file.kind))
+
+
+def _picture_name(stem: str, name: str, kind: AssetKind) -> str:
+    """A file name; what is too long for a file system is cut, and told apart by its hash."""
+    tail = f"_{name}{SUFFIXES[kind]}"
+    room = _NAME_MAX_BYTES - len(tail)
+    data = os.fsencode(stem)
+    if len(data) > room:
+        digest = f"~{hashlib.sha256(data).hexdigest()[:8]}"
+        stem = data[: room - len(digest)].decode(errors="ignore") + digest
+    return stem + tail
 
 
 def _is_file_name(output: str) -> bool:
