@@ -66,9 +66,15 @@ def _frames(path: Path, stride: int) -> list[tuple[str, NDArray[np.uint8]]]:
             if not container.streams.video:
                 raise DatasetError(f"{path}: there is no video stream")
             return [
-                (f"{path.name}/{index}", np.asarray(frame.to_ndarray(format="rgb24"), np.uint8))
+                (f"{path.name}/{index}", _upright(frame))
                 for index, frame in enumerate(container.decode(video=0))
                 if index % stride == 0
             ]
     except av.FFmpegError as error:
         raise DatasetError(f"{path}: no readable video ({error.strerror})") from None
+
+
+def _upright(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """The frame's pixels, turned as the container says: by multiples of 90 degrees."""
+    turns = round(frame.rotation / 90)
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns), np.uint8)

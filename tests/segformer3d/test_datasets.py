@@ -288,6 +288,16 @@ def test_pictures(tmp_path):
     assert np.array_equal(source[0].image, RGB)
 
 
+@pytest.mark.parametrize("rotation_deg", [0, 90, 180, -90])
+def test_pictures_are_upright(tmp_path, rotation_deg):
+    path = write_video(tmp_path / "a.mp4", num_frames=1)
+    (plain,) = open_dataset(f"pictures:{tmp_path}")
+    path.unlink()
+    write_video(path, num_frames=1, rotation_deg=rotation_deg)
+    (turned,) = open_dataset(f"pictures:{tmp_path}")
+    assert np.array_equal(turned.image, np.rot90(plain.image, rotation_deg // 90))
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"no video", b"#EXTM3U\n#EXTINF:1,\nb.mp4\n", b"ffconcat version 1.0\nfile b.mp4\n"],
