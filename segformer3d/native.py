@@ -7,6 +7,7 @@ Shapes, also at the end of names: h and w the grid's sides, k classes, y and x t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numba
@@ -62,18 +63,23 @@ def resolve(logits_hwk: F32, ids_yx: U8) -> tuple[float, float]:
         Of the grid, the mean largest class probability and the mean class entropy in nats.
     """
     best_hw, confidence, entropy = _grid(logits_hwk)
-    rows, columns = (
-        _taps(*sides) for sides in zip(logits_hwk.shape[:2], ids_yx.shape, strict=True)
-    )
+    height, width = logits_hwk.shape[:2]
+    rows, columns = _taps((height,), ids_yx.shape[0]), _taps((width,), ids_yx.shape[1])
     _resolve(logits_hwk, best_hw, *rows, *columns, ids_yx)
     return confidence, entropy
 
 
-def _taps(source: int, target: int) -> tuple[I32, I32, F32]:
-    """Neighbours and the second one's share, as torch's bilinear resize without aligned corners."""
-    places = np.maximum((np.arange(target, dtype=np.float32) + 0.5) * (source / target) - 0.5, 0)
-    first = np.minimum(places.astype(np.int32), source - 1)
-    second = np.minimum(first + 1, source - 1)
+@lru_cache(maxsize=32)
+def _taps(sources: tuple[int, ...], target: int) -> tuple[I32, I32, F32]:
+    """Neighbours and the second one's share, as torch's bilinear resize without aligned corners.
+
+    Each (len(sources), target); kept, since every frame and every band asks for the same.
+    """
+    sides = np.array(sources, np.int32)[:, None]
+    steps = (np.arange(target, dtype=np.float32) + 0.5)[None]
+    places = np.maximum(steps * (sides / target).astype(np.float32) - np.float32(0.5), 0)
+    first = np.minimum(places.astype(np.int32), sides - 1)
+    second = np.minimum(first + 1, sides - 1)
     return first, second, (places - first).astype(np.float32)
 
 
@@ -136,20 +142,20 @@ def _resolve(
     across: F32,
     ids_yx: U8,
 ) -> None:
-    """Fill in `ids_yx`; the taps' shares are `down` and `across`."""
+    """Fill in `ids_yx`; taps are (1, height or width), their shares `down` and `across`."""
     num_classes = logits_hwk.shape[2]
     mixed = np.empty(num_classes, np.float32)
     for y in range(ids_yx.shape[0]):
-        top, bottom, dy = tops[y], bottoms[y], down[y]
+        top, bottom, dy = tops[0, y], bottoms[0, y], down[0, y]
         for x in range(ids_yx.shape[1]):
-            left, right = lefts[x], rights[x]
+            left, right = lefts[0, x], rights[0, x]
             best = best_hw[top, left]
             if (
                 best != best_hw[top, right]
                 or best != best_hw[bottom, left]
                 or best != best_hw[bottom, right]
             ):
-                dx = across[x]
+                dx = across[0, x]
                 for k in range(num_classes):
                     upper = logits_hwk[top, left, k]
                     upper += dx * (logits_hwk[top, right, k] - upper)
@@ -172,12 +178,9 @@ def add_resized_relu(hidden_ywc: F32, lows: tuple[F32, F32, F32], top: int, heig
         top: The band's first row.
         height: Rows of the whole grid.
     """
-    width = hidden_ywc.shape[1]
-    rows = [_taps(low.shape[0], height) for low in lows]
-    columns = [_taps(low.shape[1], width) for low in lows]
-    firsts, seconds, downs = (np.stack(part) for part in zip(*rows, strict=True))
-    lefts, rights, acrosses = (np.stack(part) for part in zip(*columns, strict=True))
-    _add_resized_relu(hidden_ywc, *lows, top, firsts, seconds, downs, lefts, rights, acrosses)
+    rows = _taps(tuple(low.shape[0] for low in lows), height)
+    columns = _taps(tuple(low.shape[1] for low in lows), hidden_ywc.shape[1])
+    _add_resized_relu(hidden_ywc, *lows, top, *rows, *columns)
 
 
 @_compiled

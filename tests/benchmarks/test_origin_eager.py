@@ -1,33 +1,24 @@
 """The origin's network as made anew for benchmarks: it gives the origin's outputs, and ours."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.origin_eager import OriginEager, OriginNetwork, origin_network, origin_state
 from segformer3d.config import ORIGIN_DEPTH, ModelConfig, Preprocessing, WeightsInfo
 from segformer3d.model import build_model
 from segformer3d.predictor import Predictor
 from segformer3d.weights import remap_origin
+from tests.golden_tensors import read_golden
 from tests.segformer3d.training_parts import TINY
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "origin-golden.safetensors"
 GOLDEN_CONFIG = ModelConfig(variant="mit:16,32,80,128:1,2,2,1", head_width=24)
 TOLERANCE = 1e-5  # of the largest value
 
 
 @pytest.fixture(scope="module")
 def golden():
-    tensors = load_file(GOLDEN)
-    state = {
-        name.removeprefix("state."): value
-        for name, value in tensors.items()
-        if name.startswith("state.")
-    }
-    return tensors, state
+    return read_golden()
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ from segformer3d.weights import (
     untrained_weights,
     weights_to_bytes,
 )
+from tests.golden_tensors import read_golden
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "origin-golden.safetensors"
 TINY = "mit:8,16,40,64:1,2,1,1"
 TOLERANCE = 1e-5  # of the largest value; the project asks for 1e-4
 
@@ -258,13 +258,7 @@ def test_another_number_of_classes_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def origin():
-    tensors = load_file(GOLDEN)
-    state = {
-        name.removeprefix("state."): value
-        for name, value in tensors.items()
-        if name.startswith("state.")
-    }
-    return tensors, state
+    return read_golden()
 
 
 def test_origin_weights_give_the_golden_tensors(origin, tmp_path):
