@@ -98,6 +98,12 @@ class FoldedHeads(nn.Module):
         self.predicts = nn.ModuleList(_linear(head.predict) for head in heads)
         self.widths = [head.predict.in_channels for head in heads]
         self.requires_grad_(requires_grad=False)
+        # Laid out for products without a bias, which a CPU takes twice as fast.
+        self.finest = self.weights[0].T.contiguous()
+        self.products = [
+            (predict.get_parameter("weight").T.contiguous(), predict.get_parameter("bias"))
+            for predict in self.predicts
+        ]
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Turn four maps (B, embed_dims[s], h_s, w_s) into float32 (B, out, h_0, w_0) per head."""
@@ -119,15 +125,29 @@ class FoldedHeads(nn.Module):
         # Numba takes half a second to import, and processes that run no model need none.
         from segformer3d.native import add_resized_relu
 
-        height, width, _ = finest_hwc.shape
-        first, second, third = (low.numpy() for low in lows_hwc)
-        rows = max(1, BAND_FLOATS // (width * sum(self.widths)))
-        bands = []
+        height, width, channels = finest_hwc.shape
+        # A resize's shares add up to 1, so the bias can go to the smallest map, and costs nothing.
+        first, second, third = (low.numpy() for low in (*lows_hwc[:-1], lows_hwc[-1] + self.bias))
+        outs = [torch.empty(height * width, len(bias)) for _, bias in self.products]
+        rows = min(height, max(1, BAND_FLOATS // (width * sum(self.widths))))
+        hidden_tc = torch.empty(rows * width, sum(self.widths))
         for top in range(0, height, rows):
-            hidden = functional.linear(finest_hwc[top : top + rows], self.weights[0], self.bias)
-            add_resized_relu(hidden.numpy(), (first, second, third), top, height)
-            bands.append(self._predict(hidden))
-        return [torch.cat(parts) for parts in zip(*bands, strict=True)]
+            own = slice(top * width, min(top + rows, height) * width)
+            band_tc = hidden_tc[: own.stop - own.start]
+            torch.mm(finest_hwc.reshape(-1, channels)[own], self.finest, out=band_tc)
+            add_resized_relu(
+                band_tc.view(-1, width, band_tc.shape[1]).numpy(),
+                (first, second, third),
+                top,
+                height,
+            )
+            parts = torch.split(band_tc, self.widths, dim=1)
+            for part, out, (weight, _) in zip(parts, outs, self.products, strict=True):
+                torch.mm(part, weight, out=out[own])
+        return [
+            out.add_(bias).view(height, width, -1)
+            for out, (_, bias) in zip(outs, self.products, strict=True)
+        ]
 
     def _forward_torch(self, finest_bhwc: Tensor, lows_bhwc: Sequence[Tensor]) -> list[Tensor]:
         size = (finest_bhwc.shape[1], finest_bhwc.shape[2])

@@ -1,4 +1,6 @@
-"""Compiled loops of the model's last steps on a CPU: the heads' sum, and class ids from logits.
+"""Compiled loops of the model's first and last steps on a CPU.
+
+Pixels to numbers; the heads' sum; class ids from logits.
 
 Compiled by Numba when first called (seconds), and kept in its cache from then on. No build step.
 
@@ -8,45 +10,38 @@ Shapes, also at the end of names: h and w the grid's sides, k classes, y and x t
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from segformer3d.compiling import bits_as_float, compiled, float_as_bits
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     F32 = NDArray[np.float32]
     I32 = NDArray[np.int32]
     U8 = NDArray[np.uint8]
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-_LEAST = np.float32(-87.0)  # smaller exponentials are no normal float32
+_LEAST = np.float32(-124.0)  # smaller powers of two are no normal float32
 _LOG2_E = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_C5, _C4, _C3 = (
-    np.float32(1.9875691500e-4),
-    np.float32(1.3981999507e-3),
-    np.float32(8.3334519073e-3),
-)
-_C2, _C1, _C0 = (
-    np.float32(4.1665795894e-2),
-    np.float32(1.6666665459e-1),
-    np.float32(5.0000001201e-1),
-)
+# 2^r for |r| <= 1/2, exact at 0 and within 2e-7 in float32; by least squares of the relative error.
+_E1, _E2 = np.float32(0.693147), np.float32(0.24022241)
+_E3, _E4, _E5 = np.float32(0.05550735), np.float32(0.009671619), np.float32(0.001326459)
 
 
-def _compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Compile a function when it is first called; it then runs without Python's lock."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        compiled: Callable[_P, _R] = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache folder may be written
-        compiled = numba.njit(**options)(function)
-    return compiled
+@compiled
+def power_of_two(t: np.float32) -> np.float32:
+    """2^t for t below 127, within 2e-7; 2^-124 for smaller ones. Vectorises, unlike libm's.
+
+    2^t = 2^n 2^r with n = round(t), which is added to the exponent's bits.
+    """
+    t = _LEAST if t < _LEAST else t
+    n = np.floor(t + np.float32(0.5))
+    r = t - n
+    p = ((((_E5 * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + np.float32(1)
+    power: np.float32 = bits_as_float(float_as_bits(p) + (np.int32(n) << np.int32(23)))
+    return power
 
 
 def resolve(logits_hwk: F32, ids_yx: U8) -> tuple[float, float]:
@@ -83,7 +78,7 @@ def _taps(sources: tuple[int, ...], target: int) -> tuple[I32, I32, F32]:
     return first, second, (places - first).astype(np.float32)
 
 
-@_compiled
+@compiled
 def _grid(logits_hwk: F32) -> tuple[U8, float, float]:
     """Largest class, mean largest probability, mean entropy (log sum - sum of p times logit).
 
@@ -94,8 +89,6 @@ def _grid(logits_hwk: F32) -> tuple[U8, float, float]:
     row_kx = np.empty((num_classes, width), np.float32)
     largest = np.empty(width, np.float32)
     total, moment = np.empty(width, np.float32), np.empty(width, np.float32)
-    power = np.empty(width, np.int32)
-    power_of_two = power.view(np.float32)
     confidences, entropies = 0.0, 0.0
     for y in range(height):
         best = best_hw[y]
@@ -113,14 +106,8 @@ def _grid(logits_hwk: F32) -> tuple[U8, float, float]:
         moment[:] = 0
         for k in range(num_classes):
             for x in range(width):
-                below = max(row_kx[k, x] - largest[x], _LEAST)
-                # exp(z) = 2^n exp(r), r = z - n ln 2: a polynomial of degree 6, within 2e-7, which
-                # vectorises unlike libm's (coefficients: Cephes, expf).
-                n = np.floor(below * _LOG2_E + np.float32(0.5))
-                r = (below - n * _LN2_HIGH) - n * _LN2_LOW
-                p = ((((_C5 * r + _C4) * r + _C3) * r + _C2) * r + _C1) * r + _C0
-                power[x] = (np.int32(n) + np.int32(127)) << np.int32(23)
-                e = (p * (r * r) + r + np.float32(1)) * power_of_two[x]
+                below = row_kx[k, x] - largest[x]
+                e = power_of_two(below * _LOG2_E)
                 total[x] += e
                 moment[x] += e * below
         for x in range(width):
@@ -130,7 +117,7 @@ def _grid(logits_hwk: F32) -> tuple[U8, float, float]:
     return best_hw, confidences / number, entropies / number
 
 
-@_compiled
+@compiled
 def _resolve(
     logits_hwk: F32,
     best_hw: U8,
@@ -143,30 +130,68 @@ def _resolve(
     ids_yx: U8,
 ) -> None:
     """Fill in `ids_yx`; taps are (1, height or width), their shares `down` and `across`."""
+    height, width = ids_yx.shape
+    plain, undecided = np.empty(width, np.uint8), np.empty(width, np.int32)
     num_classes = logits_hwk.shape[2]
     mixed = np.empty(num_classes, np.float32)
-    for y in range(ids_yx.shape[0]):
-        top, bottom, dy = tops[0, y], bottoms[0, y], down[0, y]
-        for x in range(ids_yx.shape[1]):
-            left, right = lefts[0, x], rights[0, x]
-            best = best_hw[top, left]
-            if (
-                best != best_hw[top, right]
-                or best != best_hw[bottom, left]
-                or best != best_hw[bottom, right]
-            ):
-                dx = across[0, x]
-                for k in range(num_classes):
-                    upper = logits_hwk[top, left, k]
-                    upper += dx * (logits_hwk[top, right, k] - upper)
-                    lower = logits_hwk[bottom, left, k]
-                    lower += dx * (logits_hwk[bottom, right, k] - lower)
-                    mixed[k] = upper + dy * (lower - upper)
-                best = np.uint8(0)
-                for k in range(1, num_classes):
-                    if mixed[k] > mixed[best]:
-                        best = np.uint8(k)
+    number = 0
+    for y in range(height):
+        top, bottom = tops[0, y], bottoms[0, y]
+        # Where the output is larger, neighbouring rows lie between the same two of the grid.
+        if y == 0 or top != tops[0, y - 1] or bottom != bottoms[0, y - 1]:
+            number = _decide(best_hw[top], best_hw[bottom], lefts, rights, plain, undecided)
+        ids_yx[y] = plain
+        for index in range(number):
+            x = undecided[index]
+            left, right, dx, dy = lefts[0, x], rights[0, x], across[0, x], down[0, y]
+            for k in range(num_classes):
+                upper = logits_hwk[top, left, k]
+                upper += dx * (logits_hwk[top, right, k] - upper)
+                lower = logits_hwk[bottom, left, k]
+                lower += dx * (logits_hwk[bottom, right, k] - lower)
+                mixed[k] = upper + dy * (lower - upper)
+            best, largest = 0, mixed[0]
+            for k in range(1, num_classes):
+                is_larger = mixed[k] > largest
+                largest = mixed[k] if is_larger else largest
+                best = k if is_larger else best
             ids_yx[y, x] = best
+
+
+@compiled
+def _decide(upper_w: U8, lower_w: U8, lefts: I32, rights: I32, plain_x: U8, undecided: I32) -> int:
+    """Fill in a row as far as all four neighbours agree; return how many pixels are undecided."""
+    number = 0
+    for x in range(plain_x.shape[0]):
+        left, right = lefts[0, x], rights[0, x]
+        best = upper_w[left]
+        plain_x[x] = best
+        undecided[number] = x
+        agree = best == upper_w[right] and best == lower_w[left] and best == lower_w[right]
+        number += int(not agree)
+    return number
+
+
+def normalise(frames_bhwc: U8, scale_c: F32, bias_c: F32, out_bhwc: F32) -> None:
+    """Turn pixels into `scale_c * pixel + bias_c`.
+
+    Args:
+        frames_bhwc: uint8 (B, H, W, 3), contiguous.
+        scale_c: float32 (3,).
+        bias_c: float32 (3,).
+        out_bhwc: float32 (B, H, W, 3), contiguous; filled in.
+    """
+    width = frames_bhwc.shape[2]
+    scale_x, bias_x = np.tile(scale_c, width), np.tile(bias_c, width)
+    rows = (-1, 3 * width)
+    _normalise(frames_bhwc.reshape(rows), scale_x, bias_x, out_bhwc.reshape(rows))
+
+
+@compiled
+def _normalise(pixels_yx: U8, scale_x: F32, bias_x: F32, out_yx: F32) -> None:
+    for y in range(out_yx.shape[0]):
+        for x in range(out_yx.shape[1]):
+            out_yx[y, x] = np.float32(pixels_yx[y, x]) * scale_x[x] + bias_x[x]
 
 
 def add_resized_relu(hidden_ywc: F32, lows: tuple[F32, F32, F32], top: int, height: int) -> None:
@@ -183,7 +208,7 @@ def add_resized_relu(hidden_ywc: F32, lows: tuple[F32, F32, F32], top: int, heig
     _add_resized_relu(hidden_ywc, *lows, top, *rows, *columns)
 
 
-@_compiled
+@compiled
 def _add_resized_relu(
     hidden_ywc: F32,
     low_1: F32,
@@ -220,7 +245,7 @@ def _add_resized_relu(
                 pixel[c] = max(value, np.float32(0))
 
 
-@_compiled
+@compiled
 def _blend(first: F32, second: F32, share: float, out: F32) -> None:
     for x in range(out.shape[0]):
         for c in range(out.shape[1]):

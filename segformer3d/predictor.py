@@ -9,6 +9,7 @@ grid of h / 4 by w / 4.
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from segformer3d.class_ids import resolve_class_ids
 from segformer3d.config import DEPTH_CODE_MAX, DEPTH_INVALID
+from segformer3d.encoder import MixTransformer
 from segformer3d.heads import FoldedHeads
 from segformer3d.model import activate_depth
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -95,7 +98,7 @@ class Predictor:
         model.eval()
         heads = [head for head in (model.segmentation_head, model.depth_head) if head is not None]
         self._has_segmentation = model.segmentation_head is not None
-        self._encoder: nn.Module = model.encoder.to(self.device)
+        self._encode = _encoding(model.encoder.to(self.device))
         self._heads = FoldedHeads(heads).to(self.device)
         self._codec = info.depth_codec
         self._config = info.config
@@ -159,19 +162,19 @@ class Predictor:
     @torch.inference_mode()
     def _predict(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
         with self._autocast():
-            outs = self._heads(self._encoder(self._input(frames)))
-        finite_b = torch.stack([out.isfinite().flatten(1).all(1) for out in outs]).all(0)
+            outs = self._heads(self._encode(self._input(frames)))
+        finite_b = torch.stack([_are_finite(out) for out in outs]).all(0)
         class_ids = confidence = entropy = depth = None
         if self._has_segmentation:
             # What is not finite has no largest class.
-            logits = torch.where(finite_b[:, None, None, None], outs[0], 0)
+            logits = self._masked(outs[0], finite_b, 0)
             class_ids, confidence, entropy = resolve_class_ids(logits, size)
-            class_ids = torch.where(finite_b[:, None, None], class_ids, IGNORE_ID)
+            class_ids = self._masked(class_ids, finite_b, IGNORE_ID)
         if self._codec is not None:
             metres = activate_depth(outs[-1][:, 0], self._config)
             metres = metres * self._depth_factor(min(frames.shape[1:3]))
-            depth = _encode_depth(metres, self._codec)
-            depth = torch.where(finite_b[:, None, None], depth, DEPTH_INVALID).to(torch.uint16)
+            codes = _encode_depth(metres, self._codec)
+            depth = self._masked(codes, finite_b, DEPTH_INVALID).to(torch.uint16)
         return Predictions(
             class_ids=_numpy(class_ids),
             depth=_numpy(depth),
@@ -180,12 +183,20 @@ class Predictor:
             finite=finite_b.cpu().numpy(),
         )
 
+    def _masked(self, values: Tensor, finite_b: Tensor, fill: int) -> Tensor:
+        """Fill the samples that are not finite; a CPU, where asking is free, skips the copy."""
+        if self.device.type == "cpu" and finite_b.all():
+            return values
+        return torch.where(finite_b.view(-1, *(1,) * (values.ndim - 1)), values, fill)
+
     def _depth_factor(self, short_side_px: int) -> float:
         """What a frame's size does to its depth: twice the size looks twice as near."""
         return short_side_px / self._short_side_px if self._short_side_px else 1.0
 
     def _input(self, frames: NDArray[np.uint8]) -> Tensor:
         """Normalise frames on the device: float32 (B, 3, H, W), channels last."""
+        if self.device.type == "cpu":
+            return self._cpu_input(frames)
         staging = torch.empty(
             frames.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
         )
@@ -195,10 +206,50 @@ class Predictor:
             pixels_bchw = pixels_bchw.flip(1)
         return torch.addcmul(self._bias, pixels_bchw.float(), self._scale)
 
+    def _cpu_input(self, frames: NDArray[np.uint8]) -> Tensor:
+        from segformer3d.native import normalise
+
+        pixels = np.ascontiguousarray(frames[..., ::-1] if self._bgr else frames)
+        x_bhwc = torch.empty(frames.shape)
+        normalise(
+            pixels, self._scale.flatten().numpy(), self._bias.flatten().numpy(), x_bhwc.numpy()
+        )
+        return x_bhwc.permute(0, 3, 1, 2)
+
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.device.type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
+
+
+def _encoding(encoder: nn.Module) -> Callable[[Tensor], list[Tensor]]:
+    """Choose how to encode: by the modules, or on a CPU by their rearranged form.
+
+    While somebody watches the modules by hooks, they run themselves. They are not kept for that:
+    nobody can watch what is gone.
+    """
+    on_cpu = next(encoder.parameters()).device.type == "cpu"
+    if not on_cpu or not isinstance(encoder, MixTransformer):
+        return encoder
+    # Numba takes half a second to import, and GPUs need none.
+    from segformer3d.cpu_encoder import CpuEncoder
+
+    rearranged, watchable = CpuEncoder(encoder), weakref.ref(encoder)
+
+    def encode(x_bchw: Tensor) -> list[Tensor]:
+        modules = watchable()
+        is_watched = modules is not None and any(
+            module._forward_pre_hooks or module._forward_hooks for module in modules.modules()
+        )
+        return modules(x_bchw) if modules is not None and is_watched else rearranged(x_bchw)
+
+    return encode
+
+
+def _are_finite(out_bchw: Tensor) -> Tensor:
+    """Whether all of a sample is finite, bool (B,): its extremes are, which one pass finds."""
+    least, most = out_bchw.flatten(1).aminmax(dim=1)
+    return least.isfinite() & most.isfinite()
 
 
 def _encode_depth(depth: Tensor, codec: DepthCodec) -> Tensor:

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from dataclasses import fields, replace
 
 import numpy as np
@@ -175,19 +177,19 @@ def test_micro_batches_halve_when_memory_runs_out(limit, batches, kept):
     frames = frames_of(11, 32, 32)
     expected = Predictor(model, info).predict(frames)
     predictor = Predictor(model, info, micro_batch=8)
-    predictor._encoder = OutOfMemoryAbove(predictor._encoder, limit)
+    predictor._encode = OutOfMemoryAbove(predictor._encode, limit)
     predictions = predictor.predict(frames)
-    assert predictor._encoder.batches == batches
+    assert predictor._encode.batches == batches
     assert predictor.micro_batch == kept
     np.testing.assert_allclose(predictions.entropy_mean, expected.entropy_mean, rtol=1e-4)
 
 
 def test_one_frame_that_does_not_fit_raises():
     predictor = Predictor(*model_and_info(), micro_batch=4)
-    predictor._encoder = OutOfMemoryAbove(predictor._encoder, 0)
+    predictor._encode = OutOfMemoryAbove(predictor._encode, 0)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         predictor.predict(frames_of(3, 32, 32))
-    assert predictor._encoder.batches == [3, 1]
+    assert predictor._encode.batches == [3, 1]
 
 
 class NanInFrame:
@@ -205,7 +207,7 @@ def test_frames_that_are_not_finite_are_marked(value):
     predictor = Predictor(*model_and_info(), micro_batch=3)
     frames = frames_of(3)
     expected = predictor.predict(frames)
-    predictor._encoder = NanInFrame(predictor._encoder, 1, value)
+    predictor._encode = NanInFrame(predictor._encode, 1, value)
     predictions = predictor.predict(frames)
     assert predictions.finite.tolist() == [True, False, True]
     assert (predictions.class_ids[1] == 255).all()
@@ -311,3 +313,22 @@ def test_relative_depth_knows_no_frame_size():
     plain = Predictor(model, info, device="cpu").predict(frames)
     sized = replace(info, short_side_px=32)
     assert_equal(Predictor(model, sized, device="cpu").predict(frames), plain)
+
+
+def test_a_watched_model_runs_its_own_modules_and_one_nobody_holds_is_let_go():
+    model, info = model_and_info()
+    predictor = Predictor(model, info, device="cpu")
+    frames = frames_of(1)
+    ran = []
+    attention = model.encoder.stages[0].blocks[0].attn
+    hook = attention.register_forward_hook(lambda *_: ran.append(True))
+    watched = predictor.predict(frames)
+    hook.remove()
+    unwatched = predictor.predict(frames)
+    assert len(ran) == 1
+    np.testing.assert_allclose(watched.entropy_mean, unwatched.entropy_mean, rtol=1e-4)
+    gone = weakref.ref(model.encoder)
+    del model, attention
+    gc.collect()
+    assert gone() is None
+    assert_equal(predictor.predict(frames), unwatched)
