@@ -20,6 +20,7 @@ from pipeline.errors import JobError, UserError
 # Enough for two dozen decoded shards; what exceeds it waits (backpressure), so it also bounds
 # the memory of a run.
 _OBJECT_STORE_BYTES = 1 << 30
+_IDLE_WORKER_MS = "600000"
 _GRACE_S = 3.0
 _ANSWER_S = 5.0
 _RAYLET_S = 10.0
@@ -211,6 +212,9 @@ def _embed(settings: RaySection) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray ends workers beyond one per CPU that have been idle for a second, and those between two
+    # shards are. Starting them, and their decoding children, anew took a fifth of all CPU time.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", _IDLE_WORKER_MS)
     _make_token()
     # Loopback only: nobody else's business.
     with _quietly(), _literal_loopback():

@@ -49,7 +49,6 @@ _PARSE_ERRORS = (
     EOFError,
     struct.error,
 )
-_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 _JPEG_DAMAGE = re.compile(rb"Corrupt JPEG data: (?:(\d+) extraneous bytes before marker 0xd9)?")
 # Some cameras pad the last scan; damage leaves far more than that unread.
 _HARMLESS_EXTRANEOUS_BYTES = 64
@@ -209,14 +208,25 @@ def _jpeg_ends(data: bytes) -> bool:
         position += 2 + length
         if marker == 0xDA:
             break
-    while (found := _JPEG_MARKER.search(data, position)) is not None:
-        if found[1] == b"\xd9":
-            return True
-        if found.end() + 2 > len(data):
-            return False
+    for place, marker in _jpeg_markers(data, position):
         # Between progressive scans stand tables, whose bytes are no markers.
-        position = found.end() + struct.unpack_from(">H", data, found.end())[0]
+        if place < position:
+            continue
+        if marker == 0xD9:
+            return True
+        if place + 4 > len(data):
+            return False
+        position = place + 2 + struct.unpack_from(">H", data, place + 2)[0]
     return False
+
+
+def _jpeg_markers(data: bytes, start: int) -> Iterator[tuple[int, int]]:
+    """Places and codes of what may be markers; not restarts, which belong to a scan."""
+    codes = np.frombuffer(data, np.uint8)[start:]
+    places = np.flatnonzero(codes[:-1] == 0xFF)
+    after = codes[places + 1]
+    is_marker = (after != 0) & (after != 0xFF) & ((after & 0xF8) != 0xD0)
+    yield from zip((places[is_marker] + start).tolist(), after[is_marker].tolist(), strict=True)
 
 
 def _png_ends(data: bytes) -> bool:

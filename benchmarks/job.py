@@ -1,0 +1,320 @@
+"""How much of its model's speed a whole job keeps, and what Ray takes of it.
+
+    python benchmarks/job.py [--frames 256] [--cpus 2] [--rounds 3] [--s3]
+
+Each round measures, one after the other and on as many cores:
+the bare model; decoding and publishing alone; the three stages in plain processes without Ray; and
+`segformer3d run`. The job should come near 1 / (1 / P + 1 / D) frames a second, P those of the
+model and D those of decoding and publishing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.model import machine
+from jobs.plan import make_plan, open_output
+from jobs.record import claim_output
+from jobs.runner import make_record
+from jobs.spec import check_spec
+from pipeline.layout import Generation
+from pipeline.records import AnnotatedShard, DecodedShard
+from pipeline.stages import AnnotateShard, DecodeShard, PublishShard, StageContext
+from pipeline.storage import StorageOptions, open_store
+from segformer3d.scenes import make_drive, render
+from segformer3d.weights import bundled_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SIZE = (1024, 512)
+DISTINCT_DRIVES, FRAMES_PER_DRIVE = 16, 4
+SHARD_FRAMES = 16  # small, so that the rate between the first and the last commit is a fine one
+BARE_S = 12.0
+JPEG_QUALITY = 90
+MODEL, REST, STAGES, JOB = "model alone", "decode + publish alone", "stages, no Ray", "whole job"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an archive or a job is, and how to reach it."""
+
+    url: str
+    storage: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that is printed.
+
+    Attributes:
+        machine: Processor, cores, load, and versions.
+        date: When.
+        store: Where archive and output were.
+        cpus: Cores, and processes or actors.
+        frames: Of one job.
+        rates: Frames a second of each way, the median over the rounds.
+        bound: 1 / (1 / P + 1 / D), in frames a second.
+        kept: The job's rate over the bound: the median of the rounds' own ratios.
+        first_commit_s: From the command to the first committed shard.
+    """
+
+    machine: str
+    date: str
+    store: str
+    cpus: int
+    frames: int
+    rates: dict[str, float]
+    bound: float
+    kept: float
+    first_commit_s: float
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--frames", type=int, default=256, help="of the job's archive")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--s3", action="store_true", help="on a real S3 server on loopback")
+    parser.add_argument("--no-ray", action="store_true", help="leave the job itself out")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="job-")))
+        make_archive(folder / "archive", given.frames)
+        archive, output = _places(stack, folder, s3=given.s3)
+        rounds = [_round(archive, output, turn, given) for turn in range(given.rounds)]
+    report = _report(rounds, given)
+    print(json.dumps(asdict(report), indent=2) if given.json else "\n".join(table(report)))
+
+
+def make_archive(folder: Path, num_frames: int) -> None:
+    """Draw street scenes as JPEGs; a few distinct ones under many names."""
+    folder.mkdir(parents=True)
+    distinct = min(num_frames, DISTINCT_DRIVES * FRAMES_PER_DRIVE)
+    for index in range(num_frames):
+        path = folder / f"{index:06}.jpg"
+        if index >= distinct:
+            path.hardlink_to(folder / f"{index % distinct:06}.jpg")
+            continue
+        drive, place = divmod(index, FRAMES_PER_DRIVE)
+        frame = render(make_drive(drive), 1 + 5.0 * place, *SIZE).frame
+        quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+        path.write_bytes(cv2.imencode(".jpg", frame[..., ::-1], quality)[1].tobytes())
+
+
+def _places(stack: ExitStack, folder: Path, *, s3: bool) -> tuple[Place, Place]:
+    if not s3:
+        return Place(str(folder / "archive"), {}), Place(str(folder / "out"), {})
+    from tests.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, run_s3_server
+
+    endpoint = stack.enter_context(run_s3_server())
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_ENDPOINT_URL": endpoint,
+    }
+    store = open_store("s3://frames/archive", StorageOptions())
+    for path in sorted((folder / "archive").iterdir()):
+        store.put(path.name, path.read_bytes())
+    return Place("s3://frames/archive", {}), Place("s3://out/job", {})
+
+
+def _round(archive: Place, output: Place, turn: int, given: argparse.Namespace) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for way in (MODEL, REST, STAGES):
+        print(f"round {turn + 1}: {way}", file=sys.stderr, flush=True)
+        rates[way] = _in_processes(
+            way, archive, Place(f"{output.url}-{turn}-{way[:5].strip()}", {}), given.cpus
+        )
+    if not given.no_ray:
+        print(f"round {turn + 1}: {JOB}", file=sys.stderr, flush=True)
+        rates[JOB], rates["first commit"] = _job(archive, Place(f"{output.url}-{turn}", {}), given)
+    return rates
+
+
+def _in_processes(way: str, archive: Place, output: Place, cpus: int) -> float:
+    """Frames a second of so many processes that do the same beside each other."""
+    spawn = multiprocessing.get_context("spawn")
+    ready, done = spawn.Barrier(cpus), spawn.Queue()
+    processes = [
+        spawn.Process(target=_worker, args=(way, archive, output, index, cpus, ready, done))
+        for index in range(cpus)
+    ]
+    for process in processes:
+        process.start()
+    rates = [done.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return float(sum(rates))
+
+
+def _worker(
+    way: str, archive: Place, output: Place, index: int, cpus: int, ready: Any, done: Any
+) -> None:
+    """Time one way on this process's share of the shards; everything is warm before."""
+    cv2.setNumThreads(1)
+    context, tables = _planned(archive, Place(f"{output.url}-{index}", output.storage))
+    own = tables[index::cpus] or tables
+    decode, publish = DecodeShard(context), PublishShard(context)
+    annotate = AnnotateShard(context, bundled_weights())
+    decoded = DecodedShard.from_table(decode(own[0]))
+    few = replace(decoded, frames=decoded.frames[:2], pixels=decoded.pixels[:2])
+    sample = annotate.annotate(few)
+    annotated = _repeated(decoded, sample)
+    frames, turn = 0, 0
+    publish.publish(replace(annotated, shard_id=10_000))
+    ready.wait()
+    started = time.perf_counter()
+    while time.perf_counter() - started < BARE_S:
+        turn += 1
+        table, shard_id = own[turn % len(own)], 10_000 + turn
+        if way == MODEL:
+            annotate.predictor.predict(decoded.pixels[:4])
+            frames += 4
+        elif way == REST:
+            DecodedShard.from_table(decode(table))
+            publish(replace(annotated, shard_id=shard_id).to_table())
+            frames += len(decoded.frames)
+        else:
+            shard = AnnotatedShard.from_table(annotate(decode(table)))
+            publish.publish(replace(shard, shard_id=shard_id))
+            frames += len(shard.frames)
+    done.put(frames / (time.perf_counter() - started))
+
+
+def _repeated(decoded: DecodedShard, sample: AnnotatedShard) -> AnnotatedShard:
+    """A whole shard with the outputs of a few of its frames."""
+    times = len(decoded.frames)
+    assert sample.class_ids is not None
+    assert sample.depth is not None
+    return replace(
+        sample,
+        frames=decoded.frames,
+        class_ids=(sample.class_ids * times)[:times],
+        depth=(sample.depth * times)[:times],
+        statistics=(sample.statistics * times)[:times],
+    )
+
+
+def _planned(archive: Place, output: Place) -> tuple[StageContext, list[pa.Table]]:
+    spec = check_spec(
+        {
+            "input": {"url": archive.url},
+            "output": {"url": output.url},
+            "shard": {"frames": SHARD_FRAMES},
+        },
+        "the benchmark",
+    )
+    store = open_output(spec)
+    claim_output(store, make_record(spec, bundled_weights()), single_driver=False)
+    plan = make_plan(store, Generation(), spec)
+    context = StageContext(
+        job_url=store.url,
+        job_storage=StorageOptions(),
+        archive_storage=StorageOptions(),
+        generation=0,
+        plan_id=plan.plan_id,
+        lease=1,
+        metadata={},
+        limits=spec.limits.limits(),
+    )
+    parts = [pq.read_table(pa.BufferReader(store.read(part.key))) for part in plan.parts]
+    return context, [part.slice(row, 1) for part in parts for row in range(part.num_rows)]
+
+
+def _job(archive: Place, output: Place, given: argparse.Namespace) -> tuple[float, float]:
+    """Frames a second between the first and the last commit, and when the first one was."""
+    command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive.url]
+    command += ["--output", output.url, "--set", f"shard.frames={SHARD_FRAMES}"]
+    command += ["--set", f"ray.num_cpus={given.cpus}"]
+    seen: list[tuple[float, int]] = []
+    started = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    if process.wait() != 0:
+        raise SystemExit(f"the job ended with {process.returncode}: {said.decode()}")
+    store = open_store(output.url, StorageOptions())
+    for item in store.list("gen-0000/commit/"):
+        record = json.loads(store.read(item.key))
+        seen.append((_committed_at(output, item.key), int(record["num_rows"])))
+    seen.sort()
+    (first, _), (last, _) = seen[0], seen[-1]
+    if not output.url.startswith("s3://"):
+        shutil.rmtree(output.url)
+    return sum(rows for _, rows in seen[1:]) / (last - first), first - started
+
+
+def _committed_at(output: Place, key: str) -> float:
+    if not output.url.startswith("s3://"):
+        return (Path(output.url) / key).stat().st_mtime
+    import boto3
+
+    bucket, _, prefix = output.url.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    return float(
+        client.head_object(Bucket=bucket, Key=f"{prefix}/{key}")["LastModified"].timestamp()
+    )
+
+
+def _report(rounds: list[dict[str, float]], given: argparse.Namespace) -> Report:
+    ways = [way for way in (MODEL, REST, STAGES, JOB) if way in rounds[0]]
+    last = JOB if JOB in ways else STAGES
+    bounds = [1 / (1 / rates[MODEL] + 1 / rates[REST]) for rates in rounds]
+    kept = [rates[last] / bound for rates, bound in zip(rounds, bounds, strict=True)]
+    return Report(
+        machine=machine(),
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        store="S3 on loopback" if given.s3 else "local",
+        cpus=given.cpus,
+        frames=given.frames,
+        rates={way: statistics.median(rates[way] for rates in rounds) for way in ways},
+        bound=statistics.median(bounds),
+        kept=statistics.median(kept),
+        first_commit_s=statistics.median(
+            rates.get("first commit", float("nan")) for rates in rounds
+        ),
+    )
+
+
+def table(report: Report) -> Iterator[str]:
+    """Markdown."""
+    yield f"{report.date}, {report.machine}"
+    yield (
+        f"weights in the box, JPEGs of {SIZE[1]}x{SIZE[0]}, {report.store}, {report.cpus} cores, "
+        f"{report.frames} frames a job"
+    )
+    yield ""
+    yield "| | frames/s |"
+    yield "|---|---|"
+    for way, rate in report.rates.items():
+        yield f"| {way} | {rate:.2f} |"
+    yield f"| 1 / (1 / P + 1 / D) | {report.bound:.2f} |"
+    yield ""
+    yield f"kept of the bound: {report.kept:.1%}"
+    yield f"from the command to the first committed shard: {report.first_commit_s:.1f} s"
+
+
+if __name__ == "__main__":
+    main()
