@@ -112,7 +112,8 @@ def estimate(spec: JobSpec, weights: bytes, plan: Plan, shard: ShardSpec) -> Est
     # Sizes differ over an archive: what grows with it is the number of pixels.
     scale = plan.num_pixels / (decoded.pixels.size / 3)
     gpus = _num_gpus()
-    resources = choose_resources(spec.ray.num_cpus or _num_cpus(), gpus, spec.ray.max_actors)
+    num_cpus = spec.ray.num_cpus or _num_cpus()
+    resources = choose_resources(num_cpus, gpus, spec.ray.max_actors, spec.ray.max_io_tasks)
     time_s = seconds * scale / resources.max_actors
     return Estimate(
         num_actors=resources.max_actors,

@@ -159,7 +159,7 @@ def open_footage(file: SourceFile, limits: DecodeLimits) -> Iterator[Footage]:
     with opened:
         if file.kind == "image":
             with _typed_errors():
-                pixels = decode_image(_read_image(opened, limits), limits)
+                pixels, _ = decode_image(_read_image(opened, limits), limits)
             height, width = pixels.shape[:2]
             frames = iter([Frame(index=0, pixels=pixels)])
             yield Footage(kind="image", width=width, height=height, frames=frames)

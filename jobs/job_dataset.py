@@ -20,12 +20,11 @@ from jobs.manifest import Manifest
 from jobs.plan import Plan, read_plan
 from jobs.record import read_job
 from pipeline.decode import decode_shard
-from pipeline.encode import decode_class_ids, decode_depth
+from pipeline.encode import decode_class_ids, decode_depth, resize_class_ids
 from pipeline.errors import JobError, ObjectNotFoundError, UserError
 from pipeline.layout import Generation
 from pipeline.records import CommitRecord, ShardSpec, Slice, UInt8Array, shards_from_table
 from pipeline.sinks.parquet import read_rows
-from pipeline.sinks.png import resize_class_ids
 from pipeline.storage import StorageOptions, Store, open_store
 from segformer3d.config import DepthCodec
 from segformer3d.datasets import IDENTITY_GROUPS, DatasetError, DepthKind, Sample

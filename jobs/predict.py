@@ -17,9 +17,9 @@ from jobs.picturing import (
     picture_all,
     typed_memory_errors,
 )
+from pipeline.encode import resize_class_ids
 from pipeline.geometry import Geometry, input_size, resize
 from pipeline.records import FrameStatistics, UInt8Array
-from pipeline.sinks.png import resize_class_ids
 from pipeline.stages import frame_statistics
 from segformer3d.draw import relative_span, three_panels
 from segformer3d.labels import CLASSES

@@ -14,7 +14,7 @@ from pipeline.records import canonical_json
 from pipeline.storage import Store, create_once, probe_conditional_writes
 
 # Changes only when the same inputs would give other outputs.
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import hashlib
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -23,6 +24,7 @@ from jobs.plan import Plan, check_archive, make_plan, open_output, read_plan
 from jobs.progress import Progress, say
 from jobs.record import OUTPUT_VERSION, JobRecord, claim_output, read_job
 from jobs.spec import JobSpec, RaySection
+from jobs.stage_times import StageTimes, busy_line
 from pipeline.errors import ConflictError, JobError, StorageError, UserError
 from pipeline.layout import SHARDS_PER_RANGE, Generation, attempt_of, shard_of
 from pipeline.records import CommitRecord, ShardReceipt, canonical_json
@@ -52,6 +54,8 @@ class RunResult:
         num_shards: Shards of the plan.
         num_done: Shards decided.
         num_computed: Shards that this run decided.
+        busy: Share of the time that each stage's processes were at work, the busiest first, which
+            is the one that limits; empty if this run annotated nothing.
     """
 
     url: str
@@ -62,6 +66,7 @@ class RunResult:
     num_shards: int
     num_done: int
     num_computed: int
+    busy: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,9 @@ class _Driver:
         self.plan: Plan | None = None
         self.num_done = 0
         self.num_computed = 0
+        self.times = StageTimes()
+        self.busy: dict[str, float] = {}
+        self._first_s = time.monotonic()
         self._interrupts = 0
 
     def run(self) -> RunResult:
@@ -311,12 +319,19 @@ class _Driver:
             context = self._context(plan)
             parts = pending_parts(plan, manifest, backwards=self.lease % 2 == 0)
             if parts:
+                wanted = self.job.spec.ray
                 resources = choose_resources(
-                    cluster.num_cpus, cluster.num_gpus, self.job.spec.ray.max_actors
+                    cluster.num_cpus, cluster.num_gpus, wanted.max_actors, wanted.max_io_tasks
                 )
                 record = self.job.record
                 weights = WeightsFile(key=record.weights_key, sha256=record.weights_sha256)
                 self._follow(run_graph(context, parts, weights, resources), plan, manifest)
+                self.busy = self.times.busy(
+                    time.monotonic() - self._first_s,
+                    num_actors=resources.max_actors,
+                    num_io_tasks=resources.max_io_tasks,
+                )
+                say(busy_line(self.busy))
                 manifest = self._manifest(plan)
                 self.num_done = manifest.num_done
                 missing_pngs = self._missing_pngs(manifest)
@@ -331,6 +346,11 @@ class _Driver:
         num_bad = 0
         with Progress("annotating", plan.num_frames, done=done) as self.bar:
             for receipt in _guarded(receipts, self.store.url):
+                if self.times.annotate_s == 0:
+                    # Starting up is no stage's time; the first shard's own is.
+                    own_s = receipt.decode_s + receipt.annotate_s + receipt.publish_s
+                    self._first_s = time.monotonic() - own_s
+                self.times.add(receipt)
                 self.num_done += 1
                 if self.num_done % SHARDS_PER_RANGE == 0:
                     self._manifest(plan).seal()
@@ -365,6 +385,7 @@ class _Driver:
             limits=spec.limits.limits(),
             write_png=spec.output.png,
             class_ids_at_asset_size=spec.output.class_ids_size == "asset",
+            depth_at_asset_size=spec.output.depth_size == "asset",
             micro_batch=spec.model.micro_batch,
             threads=spec.model.threads,
         )
@@ -392,6 +413,7 @@ class _Driver:
             num_shards=plan.num_shards,
             num_done=manifest.num_done,
             num_computed=self.num_computed,
+            busy={name: round(share, 4) for name, share in self.busy.items()},
         )
         collect_orphans(self.store, self.generation, plan, records)
         if not manifest.is_complete or self._missing_pngs(manifest):

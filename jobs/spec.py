@@ -109,6 +109,9 @@ class OutputSection(_Section):
     class_ids_size: Literal["input", "asset"] = Field(
         "input", description="Class ids at the model's input size, or at each asset's own."
     )
+    depth_size: Literal["grid", "asset"] = Field(
+        "grid", description="Depth on the network's own grid, or resized to each asset's size."
+    )
     storage: StorageSection = StorageSection()
     single_driver: bool = Field(
         False, description="Vouch for a single driver on a store without conditional writes."
@@ -147,6 +150,9 @@ class RaySection(_Section):
     """What the run may take of the machine or cluster; does not change outputs."""
 
     max_actors: Whole | None = Field(None, ge=1, description="Models at a time; default all.")
+    max_io_tasks: Whole | None = Field(
+        None, ge=1, description="Decode tasks at a time, and publish tasks; default one per CPU."
+    )
     num_cpus: Whole | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
     object_store_bytes: Whole | None = Field(
         None, ge=100 * 2**20, description="Object store of the embedded Ray; default 1 GiB."
@@ -189,6 +195,7 @@ class JobSpec(_Section):
             "input.exclude": fields["input"]["exclude"],
             "output.png": fields["output"]["png"],
             "output.class_ids_size": fields["output"]["class_ids_size"],
+            "output.depth_size": fields["output"]["depth_size"],
             "shard.frames": fields["shard"]["frames"],
         }
         for section in ("sampling", "geometry", "limits"):

@@ -171,7 +171,7 @@ def _decode(request: DecodeRequest, fd: int, pulse: _Pulse) -> None:
     for index, item in enumerate(request.items):
         pulse.emit(["begin", index])
         if item.part.kind == "image":
-            outcomes = _read_image(item, files, num_images, request.limits)
+            outcomes = _read_image(item, files, num_images, request)
             num_images += 1
         else:
             outcomes = _read_video(item, store, request.limits, pulse)
@@ -212,10 +212,10 @@ def _deliver(
 
 
 def _read_image(
-    item: DecodeItem, files: _Prefetch, index: int, limits: DecodeLimits
+    item: DecodeItem, files: _Prefetch, index: int, request: DecodeRequest
 ) -> Iterator[Outcome]:
-    frame = decode_image(files.get(index), limits)
-    _check_size(item.part, frame)
+    frame, size = decode_image(files.get(index), request.limits, request.size)
+    _check_size(item.part, size)
     yield item.slots[0], frame, None, None
 
 
@@ -254,10 +254,9 @@ def _check_unchanged(part: Slice, size_bytes: int, etag: str) -> None:
         raise InputError("fetch", "the file has changed since it was planned")
 
 
-def _check_size(part: Slice, frame: UInt8Array) -> None:
-    height, width = frame.shape[:2]
-    if (width, height) != (part.width, part.height):
-        message = f"the image is {width}x{height}, the plan says {part.width}x{part.height}"
+def _check_size(part: Slice, size: tuple[int, int]) -> None:
+    if size != (part.width, part.height):
+        message = f"the image is {size[0]}x{size[1]}, the plan says {part.width}x{part.height}"
         raise InputError("corrupt", message)
 
 
@@ -298,7 +297,7 @@ def _probe_image(
             data = store.read(unescape_path(asset.path))
             header = read_header(data)
         if header is None:
-            height, width = decode_image(data, limits).shape[:2]
+            _, (width, height) = decode_image(data, limits)
             return AssetProbe(asset=asset, width=width, height=height)
     check_pixels(header.width, header.height, limits)
     return AssetProbe(

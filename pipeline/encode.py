@@ -1,4 +1,4 @@
-"""Class ids and depth codes to PNG bytes and back; bit-exact both ways.
+"""Class ids and depth codes to PNG bytes and back, bit-exact both ways, and to other sizes.
 
 Written by hand (PNG, ISO/IEC 15948): every row as its difference from the one above it (filter 2),
 deflated by ISA-L. That takes a tenth of libpng's time at its fastest, in fewer bytes.
@@ -12,6 +12,7 @@ import numpy as np
 from isal import isal_zlib
 
 from pipeline.records import UInt8Array, UInt16Array
+from segformer3d.draw import resize_depth
 
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _UP: Final = 2
@@ -76,3 +77,17 @@ def _decode(data: bytes, dtype: type[np.generic]) -> object:
         message = f"not a single-channel {np.dtype(dtype)} PNG"
         raise ValueError(message)
     return array
+
+
+def resize_class_ids(class_ids: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+    """Train ids at ``size`` ``(width, height)``, by nearest pixel centre."""
+    if class_ids.shape[::-1] == size:
+        return class_ids
+    return np.asarray(cv2.resize(class_ids, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
+
+
+def resize_depth_codes(codes: UInt16Array, size: tuple[int, int]) -> UInt16Array:
+    """Depth codes at ``size`` ``(width, height)``, bilinear among valid pixels; 0 stays invalid."""
+    resized = resize_depth(codes.astype(np.float32), size)
+    valid = np.isfinite(resized) & (resized > 0)
+    return np.where(valid, np.clip(np.rint(resized), 1, 65535), 0).astype(np.uint16)

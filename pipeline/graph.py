@@ -82,22 +82,31 @@ class WeightsFile:
     sha256: str
 
 
-def choose_resources(num_cpus: float, num_gpus: float, max_actors: int | None = None) -> Resources:
+def choose_resources(
+    num_cpus: float,
+    num_gpus: float,
+    max_actors: int | None = None,
+    max_io_tasks: int | None = None,
+) -> Resources:
     """One actor per GPU; without GPUs, one per core.
 
     Args:
         num_cpus: CPUs of the cluster.
         num_gpus: GPUs of the cluster.
         max_actors: The user's own bound.
+        max_io_tasks: The user's own number of decode tasks, and of publish tasks, at a time.
     """
     num_actors = max(1, int(num_gpus) or int(num_cpus))
     num_actors = min(num_actors, max_actors or num_actors)
+    # Both kinds of tasks, and the one that reads the plan, must fit beside the actors.
+    beside = num_cpus - num_actors * _CPU_ACTOR_CPUS
+    room = max(1, int((beside / _IO_TASK_CPUS - 1) / 2))
     return Resources(
         min_actors=num_actors,
         max_actors=num_actors,
         cpus_per_actor=_CPU_ACTOR_CPUS,
         gpus_per_actor=1.0 if num_gpus >= 1 else 0.0,
-        max_io_tasks=max(2, int(num_cpus)),
+        max_io_tasks=min(max_io_tasks or max(2, int(num_cpus)), room),
     )
 
 

@@ -61,6 +61,7 @@ class StageContext:
         limits: Bounds of the decoder.
         write_png: Whether the PNG tree is wanted.
         class_ids_at_asset_size: Whether class ids are resolved at the asset's own size.
+        depth_at_asset_size: Whether depth is resized to the asset's own size.
         micro_batch: Frames per forward pass at the most; None leaves it to the device.
         threads: CPU threads of one model; None leaves torch's default.
     """
@@ -75,6 +76,7 @@ class StageContext:
     limits: DecodeLimits
     write_png: bool = False
     class_ids_at_asset_size: bool = False
+    depth_at_asset_size: bool = False
     micro_batch: int | None = None
     threads: int | None = 1
 
@@ -224,7 +226,9 @@ class PublishShard:
         """Encode, write, commit, and make the PNGs if this attempt won."""
         started = time.perf_counter()
         context, store = self.context, self.context.store()
-        data = encode_shard(shard, context.metadata)
+        data = encode_shard(
+            shard, context.metadata, depth_at_asset_size=context.depth_at_asset_size
+        )
         record, won = commit_attempt(
             store, context.layout, context.plan_id, shard.shard_id, shard.frames, data
         )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.encode import encode_png
+from pipeline.encode import encode_png, resize_depth_codes
 from pipeline.records import AnnotatedShard, FrameRecord, FrameStatistics
 
 NUM_CLASSES = 19
@@ -51,17 +51,22 @@ def frame_id(asset: str, frame_index: int) -> str:
     return xxhash.xxh3_128_hexdigest(f"{asset}\0{frame_index}".encode())
 
 
-def encode_shard(shard: AnnotatedShard, metadata: Mapping[str, object]) -> bytes:
+def encode_shard(
+    shard: AnnotatedShard, metadata: Mapping[str, object], *, depth_at_asset_size: bool = False
+) -> bytes:
     """A shard as the bytes of a Parquet file, one row per planned frame.
 
     Args:
         shard: What the model said.
         metadata: Stored as JSON under ``segformer3d`` in the schema's metadata.
+        depth_at_asset_size: Whether depth is resized from the network's grid first, bilinearly
+            among valid pixels.
 
     Returns:
         The file, with page index; PNG bytes uncompressed, all else zstd.
     """
-    table = pa.Table.from_pylist(list(_rows(shard)), schema=_schema(metadata))
+    rows = list(_rows(shard, depth_at_asset_size=depth_at_asset_size))
+    table = pa.Table.from_pylist(rows, schema=_schema(metadata))
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
@@ -83,12 +88,13 @@ def read_rows(data: bytes, columns: list[str] | None = None) -> list[dict[str, A
     return cast("list[dict[str, Any]]", table.to_pylist())
 
 
-def _rows(shard: AnnotatedShard) -> Iterator[dict[str, Any]]:
+def _rows(shard: AnnotatedShard, *, depth_at_asset_size: bool) -> Iterator[dict[str, Any]]:
     good = 0
     for frame in shard.frames:
         row = _identity(frame)
         if frame.error_kind is None:
-            row |= _annotation(shard, good)
+            size = (frame.width, frame.height) if depth_at_asset_size else None
+            row |= _annotation(shard, good, size)
             good += 1
         yield row
 
@@ -110,7 +116,9 @@ def _identity(frame: FrameRecord) -> dict[str, Any]:
     }
 
 
-def _annotation(shard: AnnotatedShard, good: int) -> dict[str, Any]:
+def _annotation(
+    shard: AnnotatedShard, good: int, depth_size: tuple[int, int] | None
+) -> dict[str, Any]:
     statistics: FrameStatistics = shard.statistics[good]
     row: dict[str, Any] = {
         "class_fraction": statistics.class_fraction,
@@ -123,7 +131,10 @@ def _annotation(shard: AnnotatedShard, good: int) -> dict[str, Any]:
     if shard.class_ids is not None:
         row["class_ids"] = {"bytes": encode_png(shard.class_ids[good]), "path": None}
     if shard.depth is not None:
-        row["depth"] = {"bytes": encode_png(shard.depth[good]), "path": None}
+        depth = shard.depth[good]
+        if depth_size is not None:
+            depth = resize_depth_codes(depth, depth_size)
+        row["depth"] = {"bytes": encode_png(depth), "path": None}
     return row
 
 

@@ -5,15 +5,18 @@ It is made after the commit, from the winning Parquet object, so that writing it
 
 from typing import Any
 
-import cv2
-import numpy as np
-
-from pipeline.encode import decode_class_ids, decode_depth, encode_png
+from pipeline.encode import (
+    decode_class_ids,
+    decode_depth,
+    encode_png,
+    resize_class_ids,
+    resize_depth_codes,
+)
 from pipeline.layout import png_stem
 from pipeline.records import UInt8Array, UInt16Array
 from pipeline.sinks.parquet import read_rows
 from pipeline.storage import Store
-from segformer3d.draw import colorize_classes, resize_depth
+from segformer3d.draw import colorize_classes
 
 _COLUMNS = ["asset", "frame_index", "pts_s", "width", "height", "status", "class_ids", "depth"]
 
@@ -49,17 +52,3 @@ def _pictures(row: dict[str, Any]) -> dict[str, UInt8Array | UInt16Array]:
     if row["depth"] is not None:
         pictures["_depth.png"] = resize_depth_codes(decode_depth(row["depth"]["bytes"]), size)
     return pictures
-
-
-def resize_class_ids(class_ids: UInt8Array, size: tuple[int, int]) -> UInt8Array:
-    """Train ids at ``size`` ``(width, height)``, by nearest pixel centre."""
-    if class_ids.shape[::-1] == size:
-        return class_ids
-    return np.asarray(cv2.resize(class_ids, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
-
-
-def resize_depth_codes(codes: UInt16Array, size: tuple[int, int]) -> UInt16Array:
-    """Depth codes at ``size`` ``(width, height)``, bilinear among valid pixels; 0 stays invalid."""
-    resized = resize_depth(codes.astype(np.float32), size)
-    valid = np.isfinite(resized) & (resized > 0)
-    return np.where(valid, np.clip(np.rint(resized), 1, 65535), 0).astype(np.uint16)

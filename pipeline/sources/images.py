@@ -3,7 +3,8 @@
 Headers are read by Pillow, pixels by ``cv2.imdecode``, never ``imread``. The rule that is recorded:
 the first frame of an animation or a multi-page file; 8 bits per channel (the high byte of 16); grey
 copied to three channels; CMYK converted; alpha dropped, not composited; the EXIF orientation that
-stands before the pixels is applied.
+stands before the pixels is applied. A JPEG at least twice as large as wanted is decoded at a half,
+a quarter or an eighth of its size, which libjpeg does at a fraction of the time.
 """
 
 import os
@@ -37,6 +38,12 @@ _PILLOW_FORMATS = sorted(
 )
 _EXIF_FORMATS = frozenset({"AVIF", "JPEG", "MPO", "PNG", "WEBP"})
 _ORIENTATION_TAG = 0x0112
+_SCALABLE_FORMATS = frozenset({"JPEG", "MPO"})
+_REDUCED_FLAGS = {
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+}
 # What Pillow's parsers are seen to raise on hostile headers.
 _PARSE_ERRORS = (
     OSError,
@@ -91,8 +98,16 @@ def read_header(data: bytes) -> ImageHeader | None:
     )
 
 
-def decode_image(data: bytes, limits: DecodeLimits) -> UInt8Array:
-    """The upright RGB pixels of an image file.
+def decode_image(
+    data: bytes, limits: DecodeLimits, wanted: tuple[int, int] | None = None
+) -> tuple[UInt8Array, tuple[int, int]]:
+    """The upright RGB pixels of an image file, and its own width and height.
+
+    Args:
+        data: The file.
+        limits: Bounds of its size.
+        wanted: Width and height that the pixels are to be resized to: what comes out is then no
+            smaller, but may be smaller than the file's own size. None asks for that.
 
     Raises:
         InputError: ``too_large``, ``truncated``, ``corrupt`` or ``out_of_memory``.
@@ -100,13 +115,27 @@ def decode_image(data: bytes, limits: DecodeLimits) -> UInt8Array:
     if not data:
         raise InputError("truncated", "the file is empty")
     header = read_header(data)
+    factor = 1
     if header is not None:
         check_pixels(header.width, header.height, limits)
-    pixels = _imdecode(data)
+        if wanted is not None and header.format in _SCALABLE_FORMATS:
+            factor = _reduction((header.width, header.height), wanted)
+    pixels = _imdecode(data, factor)
     if pixels is None:
         raise _undecodable(data, header)
     check_pixels(pixels.shape[1], pixels.shape[0], limits)
-    return header.orientation.apply(pixels) if header is not None else pixels
+    upright = header.orientation.apply(pixels) if header is not None else pixels
+    if header is not None and factor > 1:
+        return upright, (header.width, header.height)
+    return upright, (upright.shape[1], upright.shape[0])
+
+
+def _reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
+    """The largest factor that leaves both sides at least as large as wanted."""
+    for factor in _REDUCED_FLAGS:
+        if size[0] >= factor * wanted[0] and size[1] >= factor * wanted[1]:
+            return factor
+    return 1
 
 
 @contextmanager
@@ -134,9 +163,9 @@ def _read_exif(block: object) -> tuple[Orientation, Capture]:
         return orientation, Capture()
 
 
-def _imdecode(data: bytes) -> UInt8Array | None:
+def _imdecode(data: bytes, factor: int) -> UInt8Array | None:
     # Not IMREAD_COLOR_RGB, which OpenCV ignores for PAM.
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = _REDUCED_FLAGS.get(factor, cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         with _captured_stderr() as said:
             pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)

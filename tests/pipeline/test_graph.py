@@ -17,6 +17,15 @@ def test_every_stage_fits_beside_the_actors(num_cpus: int, num_gpus: int) -> Non
     assert actors + tasks <= num_cpus
 
 
+@pytest.mark.parametrize("num_cpus", [1, 2, 16])
+def test_tasks_are_as_many_as_wanted_but_fit(num_cpus: int) -> None:
+    assert graph.choose_resources(num_cpus, 0, max_io_tasks=1).max_io_tasks == 1
+    resources = graph.choose_resources(num_cpus, 0, max_io_tasks=10_000)
+    actors = resources.max_actors * resources.cpus_per_actor
+    assert resources.max_io_tasks > 1
+    assert actors + (1 + 2 * resources.max_io_tasks) * graph._IO_TASK_CPUS <= num_cpus
+
+
 def test_no_more_actors_than_are_wanted() -> None:
     assert graph.choose_resources(16, 0, max_actors=3).max_actors == 3
     assert graph.choose_resources(16, 4).max_actors == 4

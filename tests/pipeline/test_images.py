@@ -16,9 +16,13 @@ from tests.media import encode_cv2, encode_image, picture
 LIMITS = DecodeLimits()
 
 
+def pixels_of(data, limits=LIMITS):
+    return decode_image(data, limits)[0]
+
+
 def kind_of(data, limits=LIMITS):
     with pytest.raises(InputError) as caught:
-        decode_image(data, limits)
+        pixels_of(data, limits)
     return caught.value.kind
 
 
@@ -29,7 +33,7 @@ def distance(left, right):
 @pytest.mark.parametrize("extension", sorted(IMAGE_EXTENSIONS))
 def test_every_listed_extension_decodes(extension):
     pixels = picture()
-    decoded = decode_image(encode_cv2(pixels, f".{extension}"), LIMITS)
+    decoded = pixels_of(encode_cv2(pixels, f".{extension}"), LIMITS)
     assert decoded.shape == pixels.shape
     assert decoded.dtype == np.uint8
     if extension not in ("pbm", "pgm", "pnm"):
@@ -39,13 +43,13 @@ def test_every_listed_extension_decodes(extension):
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
 def test_png_modes(mode):
     data = encode_image(picture(), "PNG", mode=mode)
-    assert np.array_equal(decode_image(data, LIMITS), reference(data))
+    assert np.array_equal(pixels_of(data, LIMITS), reference(data))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr"])
 def test_jpeg_modes(mode):
     data = encode_image(picture(), "JPEG", mode=mode)
-    assert distance(decode_image(data, LIMITS), reference(data)) < 3
+    assert distance(pixels_of(data, LIMITS), reference(data)) < 3
 
 
 def reference(data):
@@ -63,7 +67,7 @@ def reference(data):
 def test_16_bits_keep_the_high_byte():
     deep = picture().astype(np.uint16) * 256 + 77
     _, data = cv2.imencode(".png", deep[..., ::-1])
-    assert np.array_equal(decode_image(data.tobytes(), LIMITS), picture())
+    assert np.array_equal(pixels_of(data.tobytes(), LIMITS), picture())
 
 
 def test_animations_give_their_first_frame():
@@ -77,7 +81,7 @@ def test_animations_give_their_first_frame():
         frames[0].save(
             buffer, format, save_all=True, append_images=frames[1:], lossless=True, duration=50
         )
-        assert np.array_equal(decode_image(buffer.getvalue(), LIMITS), picture(seed=0))
+        assert np.array_equal(pixels_of(buffer.getvalue(), LIMITS), picture(seed=0))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -88,7 +92,7 @@ def test_exif_orientation_is_applied_once(format, orientation):
     data = encode_image(pixels, format, orientation=orientation)
     header = read_header(data)
     assert (header.height, header.width) == upright.shape[:2]
-    decoded = decode_image(data, LIMITS)
+    decoded = pixels_of(data, LIMITS)
     assert decoded.shape == upright.shape
     assert distance(decoded, upright) < 12
 
@@ -127,14 +131,14 @@ def test_a_thumbnail_does_not_hide_the_missing_end():
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
     data = encode_image(picture(), "JPEG")
     whole = data[:2] + segment + data[2:]
-    assert decode_image(whole, LIMITS).shape == (64, 96, 3)
+    assert pixels_of(whole, LIMITS).shape == (64, 96, 3)
     assert kind_of(whole[: len(whole) * 3 // 4]) == "truncated"
     assert kind_of(whole[: len(segment) // 2]) == "truncated"
 
 
 def test_padding_behind_a_jpeg_is_harmless():
     data = encode_image(picture(), "JPEG")
-    assert np.array_equal(decode_image(data + bytes(512), LIMITS), decode_image(data, LIMITS))
+    assert np.array_equal(pixels_of(data + bytes(512), LIMITS), pixels_of(data, LIMITS))
 
 
 def test_damaged_png_is_corrupt():
@@ -183,7 +187,47 @@ def test_headers_need_only_the_first_bytes():
 def test_stderr_comes_back_after_decoding(capfd):
     import os
 
-    decode_image(encode_image(picture(), "JPEG"), LIMITS)
+    pixels_of(encode_image(picture(), "JPEG"), LIMITS)
     kind_of(encode_image(picture(), "PNG")[:300])
     os.write(2, b"still here")
     assert capfd.readouterr().err == "still here"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size"),
+    [
+        (None, (200, 120)),
+        ((101, 60), (200, 120)),
+        ((100, 60), (100, 60)),
+        ((64, 32), (100, 60)),
+        ((50, 30), (50, 30)),
+        ((20, 10), (25, 15)),
+    ],
+)
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(wanted, size):
+    data = encode_cv2(picture(200, 120), ".jpg")
+    pixels, own_size = decode_image(data, LIMITS, wanted)
+    assert (pixels.shape[1], pixels.shape[0]) == size
+    assert own_size == (200, 120)
+    whole = cv2.resize(pixels_of(data), size, interpolation=cv2.INTER_AREA)
+    assert distance(pixels, whole) < 4
+
+
+def test_other_formats_are_decoded_whole():
+    data = encode_cv2(picture(200, 120), ".png")
+    pixels, own_size = decode_image(data, LIMITS, (50, 30))
+    assert own_size == (pixels.shape[1], pixels.shape[0]) == (200, 120)
+
+
+def test_a_turned_jpeg_is_reduced_by_its_upright_size():
+    data = encode_image(picture(200, 120), "JPEG", orientation=6)
+    pixels, own_size = decode_image(data, LIMITS, (60, 100))
+    assert own_size == (120, 200)
+    assert pixels.shape[:2] == (100, 60)
+    assert decode_image(data, LIMITS, (61, 100))[0].shape[:2] == (200, 120)
+
+
+def test_damage_is_seen_at_a_fraction_of_the_size_too():
+    data = encode_cv2(picture(640, 480), ".jpg")
+    with pytest.raises(InputError):
+        decode_image(data[: len(data) // 2], LIMITS, (64, 48))

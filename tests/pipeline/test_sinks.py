@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.encode import decode_class_ids, decode_depth
+from pipeline.encode import decode_class_ids, decode_depth, resize_class_ids, resize_depth_codes
 from pipeline.sinks.parquet import SCHEMA, encode_shard, frame_id, read_rows
-from pipeline.sinks.png import resize_class_ids, resize_depth_codes, write_png_tree
+from pipeline.sinks.png import write_png_tree
 from pipeline.storage import open_store
 from tests.shards import annotated_shard
 
@@ -157,3 +157,18 @@ def test_invalid_depth_does_not_bleed():
 
 def test_parquet_bytes_are_a_file(shard):
     assert pq.ParquetFile(io.BytesIO(encode_shard(shard, {}))).metadata.num_rows == 3
+
+
+def test_depth_at_the_assets_own_size():
+    shard = annotated_shard()
+    small, large = (
+        read_rows(encode_shard(shard, {}, depth_at_asset_size=at_asset))
+        for at_asset in (False, True)
+    )
+    for row, other in zip(small, large, strict=True):
+        if row["status"] != "ok":
+            continue
+        codes = decode_depth(other["depth"]["bytes"])
+        assert codes.shape == (row["height"], row["width"])
+        grid = decode_depth(row["depth"]["bytes"])
+        assert np.array_equal(codes, resize_depth_codes(grid, (row["width"], row["height"])))
