@@ -278,12 +278,13 @@ def multiply_adds_g(model: Segformer3D, origin: OriginEager, frames: Frames) -> 
     heads = [head for head in (model.segmentation_head, model.depth_head) if head is not None]
     folded = FoldedHeads(heads)
     return {
-        ORIGIN: _count_g(lambda: origin.network(picture)),
-        OURS: _count_g(lambda: folded(model.forward_features(picture))),
+        ORIGIN: count_g(lambda: origin.network(picture)),
+        OURS: count_g(lambda: folded(model.forward_features(picture))),
     }
 
 
-def _count_g(run: Callable[[], object]) -> float:
+def count_g(run: Callable[[], object]) -> float:
+    """Count the multiply-adds of a call, in 10^9; parameters may lie on torch's meta device."""
     # The counter does not know the attention kernel of the CPU.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.model import count_g
 from benchmarks.origin_eager import OriginEager, OriginNetwork, origin_network, origin_state
 from segformer3d.config import ORIGIN_DEPTH, ModelConfig, Preprocessing, WeightsInfo
+from segformer3d.heads import DepthHead, FoldedHeads, SegmentationHead
 from segformer3d.model import build_model
 from segformer3d.predictor import Predictor
 from segformer3d.weights import remap_origin
@@ -104,3 +106,32 @@ def test_frames_give_what_our_predictor_does(model, channel_order):
 def test_a_missing_head_is_refused():
     with pytest.raises(ValueError, match="both heads"):
         OriginNetwork(ModelConfig(variant=TINY, has_depth=False))
+
+
+@pytest.mark.parametrize(
+    ("variant", "head_width", "unfolded_g", "folded_g"),
+    [
+        ("mit_b0", 256, 26.9, 9.7),
+        ("mit_b3", 256, 105.0, 87.8),
+        ("mit_b0", 768, 166.7, 12.1),
+        ("mit_b3", 768, 246.9, 92.3),
+        ("mit_b5", 768, 320.4, 165.8),
+    ],
+)
+def test_multiply_adds_of_a_frame_of_512x1024(variant, head_width, unfolded_g, folded_g):
+    config = ModelConfig(variant=variant, head_width=head_width)
+    with torch.device("meta"):
+        model, origin = build_model(config).eval(), OriginNetwork(config).eval()
+        picture = torch.empty(1, 3, 512, 1024)
+    dims = model.encoder.embed_dims
+    heads = FoldedHeads(
+        [
+            SegmentationHead(dims, head_width, 19, norm_eps=config.head_norm_eps),
+            DepthHead(dims, head_width, norm_eps=config.head_norm_eps),
+        ]
+    )
+    maps = [torch.zeros(1, dim, 128 >> stage, 256 >> stage) for stage, dim in enumerate(dims)]
+    with torch.inference_mode():
+        assert count_g(lambda: origin(picture)) == pytest.approx(unfolded_g, abs=0.06)
+        ours = count_g(lambda: model.forward_features(picture)) + count_g(lambda: heads(maps))
+    assert ours == pytest.approx(folded_g, abs=0.06)
