@@ -41,7 +41,7 @@ class PanelPainter(Painter):
     """Three panels per frame: frame, segmentation with its legend, depth with its scale."""
 
     def __init__(self, model: Model, geometry: Geometry) -> None:
-        self.batch = model.predictor.micro_batch
+        self.batch = model.predictor.batch
         self._predictor = model.predictor
         self._codec = model.info.depth_codec
         self._geometry = geometry

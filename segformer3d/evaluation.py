@@ -165,7 +165,7 @@ def measure(
     codec = depth_codec if metric else None
     done = 0
     prepared = (_Prepared.of(source[index], short_side_px) for index in indices)
-    for batch in _batches(prepared, getattr(predictor, "micro_batch", 1)):
+    for batch in _batches(prepared, getattr(predictor, "batch", 1)):
         frames = np.stack([item.frame for item in batch])
         said = predict(frames, class_ids_size=batch[0].labels_size)
         for place, item in enumerate(batch):

@@ -10,6 +10,7 @@ grid of h / 4 by w / 4.
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ class Predictor:
     Attributes:
         device: Where it runs.
         micro_batch: Frames per forward pass; halves for good when memory runs out.
+        batch: Frames that it would like to have at a time: a micro-batch, or on a CPU one for each
+            thread, for a frame a thread is faster than many threads on one frame.
     """
 
     def __init__(
@@ -94,11 +97,15 @@ class Predictor:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.micro_batch = micro_batch or (1 if self.device.type == "cpu" else MICRO_BATCH_GPU)
+        on_cpu = self.device.type == "cpu"
+        self.micro_batch = micro_batch or (1 if on_cpu else MICRO_BATCH_GPU)
+        self._num_threads = torch.get_num_threads() if on_cpu and micro_batch is None else 1
+        self.batch = max(self.micro_batch, self._num_threads)
+        self._threads: ThreadPoolExecutor | None = None
         model.eval()
         heads = [head for head in (model.segmentation_head, model.depth_head) if head is not None]
         self._has_segmentation = model.segmentation_head is not None
-        self._encode = _encoding(model.encoder.to(self.device))
+        self._encode = _Encoder(model.encoder.to(self.device))
         self._heads = FoldedHeads(heads).to(self.device)
         self._codec = info.depth_codec
         self._config = info.config
@@ -123,6 +130,9 @@ class Predictor:
         """
         _check(frames)
         size = class_ids_size or (frames.shape[1], frames.shape[2])
+        in_threads = self._num_threads > 1 and self.micro_batch == 1 and len(frames) > 1
+        if in_threads and not self._encode.is_watched:
+            return self._predict_in_threads(frames, size)
         parts: list[Predictions] = []
         start = 0
         while start < len(frames):
@@ -132,6 +142,15 @@ class Predictor:
                 parts.append(part)
                 start += len(chunk)
         return _joined(parts or [self._empty(frames, size)])
+
+    def _predict_in_threads(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
+        if self._threads is None:
+            # The number of threads that torch starts is each thread's own.
+            self._threads = ThreadPoolExecutor(
+                self._num_threads, initializer=torch.set_num_threads, initargs=(1,)
+            )
+        ones = (frames[index : index + 1] for index in range(len(frames)))
+        return _joined(list(self._threads.map(lambda one: self._predict(one, size), ones)))
 
     def _empty(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
         """Give the predictions of no frames, of the right types and shapes."""
@@ -222,28 +241,39 @@ class Predictor:
         return nullcontext()
 
 
-def _encoding(encoder: nn.Module) -> Callable[[Tensor], list[Tensor]]:
-    """Choose how to encode: by the modules, or on a CPU by their rearranged form.
+class _Encoder:
+    """Encodes by the modules, or on a CPU by their rearranged form.
 
     While somebody watches the modules by hooks, they run themselves. They are not kept for that:
     nobody can watch what is gone.
     """
-    on_cpu = next(encoder.parameters()).device.type == "cpu"
-    if not on_cpu or not isinstance(encoder, MixTransformer):
-        return encoder
-    # Numba takes half a second to import, and GPUs need none.
-    from segformer3d.cpu_encoder import CpuEncoder
 
-    rearranged, watchable = CpuEncoder(encoder), weakref.ref(encoder)
+    def __init__(self, modules: nn.Module) -> None:
+        on_cpu = next(modules.parameters()).device.type == "cpu"
+        self._encode: Callable[[Tensor], list[Tensor]] = modules
+        self._watchable: Callable[[], nn.Module | None] = lambda: None
+        if on_cpu and isinstance(modules, MixTransformer):
+            # Numba takes half a second to import, and GPUs need none.
+            from segformer3d.cpu_encoder import CpuEncoder
 
-    def encode(x_bchw: Tensor) -> list[Tensor]:
-        modules = watchable()
-        is_watched = modules is not None and any(
-            module._forward_pre_hooks or module._forward_hooks for module in modules.modules()
-        )
-        return modules(x_bchw) if modules is not None and is_watched else rearranged(x_bchw)
+            self._encode, self._watchable = CpuEncoder(modules), weakref.ref(modules)
 
-    return encode
+    def __call__(self, x_bchw: Tensor) -> list[Tensor]:
+        modules = self._watchable()
+        if modules is not None and _has_hooks(modules):
+            maps: list[Tensor] = modules(x_bchw)
+            return maps
+        return self._encode(x_bchw)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether hooks are waiting for frames, one after the other."""
+        modules = self._watchable()
+        return modules is not None and _has_hooks(modules)
+
+
+def _has_hooks(modules: nn.Module) -> bool:
+    return any(item._forward_pre_hooks or item._forward_hooks for item in modules.modules())
 
 
 def _are_finite(out_bchw: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Oracle:
     """Reads class and depth off the frame's grey; counts what it is asked."""
 
     def __init__(self, micro_batch=1, *, codec=METRIC_DEPTH):
-        self.micro_batch = micro_batch
+        self.batch = micro_batch
         self.codec = codec
         self.asked = []
 

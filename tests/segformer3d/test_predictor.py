@@ -257,6 +257,21 @@ def test_depth_codes_on_the_device_are_those_of_the_codec():
         np.testing.assert_array_equal(codes.numpy(), codec.encode(depth.numpy()))
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_frame_a_thread_changes_nothing(threads):
+    before = torch.get_num_threads()
+    model, info = model_and_info()
+    frames = frames_of(5)
+    try:
+        alone = Predictor(model, info, device="cpu", threads=1)
+        together = Predictor(model, info, device="cpu", threads=threads)
+        assert (alone.batch, together.batch) == (1, threads)
+        assert_equal(together.predict(frames), alone.predict(frames))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_are_set():
     before = torch.get_num_threads()
     try:
