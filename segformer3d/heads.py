@@ -39,7 +39,8 @@ class AllMLPHead(nn.Module):
         self.dropout = ChannelDropout(DROPOUT)
         self.predict = nn.Conv2d(head_width, out_channels, 1)
         self.apply(init_weights)
-        nn.init.normal_(self.predict.weight, std=0.01)
+        if not self.predict.weight.is_meta:
+            nn.init.normal_(self.predict.weight, std=0.01)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Turn four maps (B, embed_dims[s], h_s, w_s) into (B, out_channels, h_0, w_0)."""

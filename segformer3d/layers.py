@@ -19,7 +19,13 @@ from segformer3d.collective import all_sum, rows_of_this_rank, world_size
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise one module as the SegFormer authors do; for `nn.Module.apply`."""
+    """Initialise one module as the SegFormer authors do; for `nn.Module.apply`.
+
+    What waits on the meta device for its parameters is left alone: drawing numbers there imports
+    all of dynamo, which costs seconds.
+    """
+    if any(value.is_meta for value in module.parameters(recurse=False)):
+        return
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -669,3 +669,18 @@ def test_timm_weights_round_trip():
     model, info = model_from_bytes(data)
     assert info.config.timm_name == "test_convnext"
     assert weights_to_bytes(model, info) == data
+
+
+def test_a_model_is_loaded_without_the_compiler_of_torch():
+    """Importing dynamo costs an actor over a second and a hundred megabytes."""
+    program = (
+        "import sys, numpy as np\n"
+        "from segformer3d import Predictor, model_from_bytes\n"
+        "from segformer3d.weights import bundled_weights\n"
+        "predictor = Predictor(*model_from_bytes(bundled_weights()), device='cpu')\n"
+        "predictor.predict(np.zeros((1, 32, 32, 3), np.uint8))\n"
+        "heavy = {'torch._dynamo', 'sympy', 'timm', 'torchvision'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
