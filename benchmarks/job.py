@@ -1,6 +1,6 @@
 """How much of its model's speed a whole job keeps, and what Ray takes of it.
 
-    python benchmarks/job.py [--frames 384] [--cpus 2] [--rounds 3] [--s3]
+    python benchmarks/job.py [--frames 768] [--shard-frames 64] [--cpus 2] [--rounds 3] [--s3]
 
 Each round measures, one after the other and on as many cores:
 the bare model; decoding and publishing alone; the three stages in plain processes without Ray; and
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 SIZE = (1024, 512)
 DISTINCT_DRIVES, FRAMES_PER_DRIVE = 16, 4
-SHARD_FRAMES = 16  # small, so that the rate between the first and the last commit is a fine one
 BARE_S = 12.0
 JPEG_QUALITY = 90
 MODEL, REST, STAGES, JOB = "model alone", "decode + publish alone", "stages, no Ray", "whole job"
@@ -71,6 +70,7 @@ class Report:
         store: Where archive and output were.
         cpus: Cores, and processes or actors.
         frames: Of one job.
+        shard_frames: Of one shard.
         rates: Frames a second of each way, the median over the rounds.
         bound: 1 / (1 / P + 1 / D), in frames a second.
         kept: The job's rate over the bound: the median of the rounds' own ratios.
@@ -82,6 +82,7 @@ class Report:
     store: str
     cpus: int
     frames: int
+    shard_frames: int
     rates: dict[str, float]
     bound: float
     kept: float
@@ -91,7 +92,8 @@ class Report:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--frames", type=int, default=384, help="of the job's archive")
+    parser.add_argument("--frames", type=int, default=768, help="of the job's archive")
+    parser.add_argument("--shard-frames", type=int, default=64, help="frames of a shard")
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--s3", action="store_true", help="on a real S3 server on loopback")
@@ -145,7 +147,7 @@ def _round(archive: Place, output: Place, turn: int, given: argparse.Namespace) 
     for way in (MODEL, REST, STAGES):
         print(f"round {turn + 1}: {way}", file=sys.stderr, flush=True)
         rates[way] = _in_processes(
-            way, archive, Place(f"{output.url}-{turn}-{way[:5].strip()}", {}), given.cpus
+            way, archive, Place(f"{output.url}-{turn}-{way[:5].strip()}", {}), given
         )
     if not given.no_ray:
         print(f"round {turn + 1}: {JOB}", file=sys.stderr, flush=True)
@@ -153,12 +155,13 @@ def _round(archive: Place, output: Place, turn: int, given: argparse.Namespace) 
     return rates
 
 
-def _in_processes(way: str, archive: Place, output: Place, cpus: int) -> float:
+def _in_processes(way: str, archive: Place, output: Place, given: argparse.Namespace) -> float:
     """Frames a second of so many processes that do the same beside each other."""
     spawn = multiprocessing.get_context("spawn")
+    cpus, frames = given.cpus, given.shard_frames
     ready, done = spawn.Barrier(cpus), spawn.Queue()
     processes = [
-        spawn.Process(target=_worker, args=(way, archive, output, index, cpus, ready, done))
+        spawn.Process(target=_worker, args=(way, archive, output, index, cpus, frames, ready, done))
         for index in range(cpus)
     ]
     for process in processes:
@@ -170,11 +173,19 @@ def _in_processes(way: str, archive: Place, output: Place, cpus: int) -> float:
 
 
 def _worker(
-    way: str, archive: Place, output: Place, index: int, cpus: int, ready: Any, done: Any
+    way: str,
+    archive: Place,
+    output: Place,
+    index: int,
+    cpus: int,
+    shard_frames: int,
+    ready: Any,
+    done: Any,
 ) -> None:
     """Time one way on this process's share of the shards; everything is warm before."""
     cv2.setNumThreads(1)
-    context, tables = _planned(archive, Place(f"{output.url}-{index}", output.storage))
+    place = Place(f"{output.url}-{index}", output.storage)
+    context, tables = _planned(archive, place, shard_frames)
     own = tables[index::cpus] or tables
     decode, publish = DecodeShard(context), PublishShard(context)
     annotate = AnnotateShard(context, bundled_weights())
@@ -217,12 +228,14 @@ def _repeated(decoded: DecodedShard, sample: AnnotatedShard) -> AnnotatedShard:
     )
 
 
-def _planned(archive: Place, output: Place) -> tuple[StageContext, list[pa.Table]]:
+def _planned(
+    archive: Place, output: Place, shard_frames: int
+) -> tuple[StageContext, list[pa.Table]]:
     spec = check_spec(
         {
             "input": {"url": archive.url},
             "output": {"url": output.url},
-            "shard": {"frames": SHARD_FRAMES},
+            "shard": {"frames": shard_frames},
         },
         "the benchmark",
     )
@@ -246,7 +259,7 @@ def _planned(archive: Place, output: Place) -> tuple[StageContext, list[pa.Table
 def _job(archive: Place, output: Place, given: argparse.Namespace) -> tuple[float, float]:
     """Frames a second once every model has committed, and when the first shard was there."""
     command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive.url]
-    command += ["--output", output.url, "--set", f"shard.frames={SHARD_FRAMES}"]
+    command += ["--output", output.url, "--set", f"shard.frames={given.shard_frames}"]
     command += ["--set", f"ray.num_cpus={given.cpus}"]
     seen: list[tuple[float, int]] = []
     started = time.time()
@@ -290,6 +303,7 @@ def _report(rounds: list[dict[str, float]], given: argparse.Namespace) -> Report
         store="S3 on loopback" if given.s3 else "local",
         cpus=given.cpus,
         frames=given.frames,
+        shard_frames=given.shard_frames,
         rates={way: statistics.median(rates[way] for rates in rounds) for way in ways},
         bound=statistics.median(bounds),
         kept=statistics.median(kept),
@@ -304,7 +318,7 @@ def table(report: Report) -> Iterator[str]:
     yield f"{report.date}, {report.machine}"
     yield (
         f"weights in the box, JPEGs of {SIZE[1]}x{SIZE[0]}, {report.store}, {report.cpus} cores, "
-        f"{report.frames} frames a job"
+        f"{report.frames} frames a job in shards of {report.shard_frames}"
     )
     yield ""
     yield "| | frames/s |"
