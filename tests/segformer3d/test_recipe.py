@@ -135,7 +135,7 @@ def test_the_recipes_of_the_weights_in_the_box_can_be_read(project_root, monkeyp
         kinds = {address.partition(":")[0] for address in addresses}
         assert kinds <= set(KINDS)
         assert recipe.short_side_px == 352
-        assert recipe.resolved([100] * len(recipe.data)).num_steps > 500
+        assert recipe.resolved([100] * len(recipe.data)).num_steps > 400
 
 
 def test_the_multi_task_recipe_uses_what_there_is(project_root):
