@@ -101,7 +101,6 @@ class Predictor:
         self.micro_batch = micro_batch or (1 if on_cpu else MICRO_BATCH_GPU)
         self._num_threads = torch.get_num_threads() if on_cpu and micro_batch is None else 1
         self.batch = max(self.micro_batch, self._num_threads)
-        self._threads: ThreadPoolExecutor | None = None
         model.eval()
         heads = [head for head in (model.segmentation_head, model.depth_head) if head is not None]
         self._has_segmentation = model.segmentation_head is not None
@@ -144,13 +143,13 @@ class Predictor:
         return _joined(parts or [self._empty(frames, size)])
 
     def _predict_in_threads(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
-        if self._threads is None:
-            # The number of threads that torch starts is each thread's own.
-            self._threads = ThreadPoolExecutor(
-                self._num_threads, initializer=torch.set_num_threads, initargs=(1,)
-            )
         ones = (frames[index : index + 1] for index in range(len(frames)))
-        return _joined(list(self._threads.map(lambda one: self._predict(one, size), ones)))
+        # How many threads torch starts is each thread's own setting. They end with this call: what
+        # lived on could still be there when the process ends.
+        with ThreadPoolExecutor(
+            self._num_threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as threads:
+            return _joined(list(threads.map(lambda one: self._predict(one, size), ones)))
 
     def _empty(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
         """Give the predictions of no frames, of the right types and shapes."""
