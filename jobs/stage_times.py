@@ -38,7 +38,9 @@ class StageTimes:
             "decode": self.decode_s / (num_io_tasks * max(wall_s, 1e-9)),
             "publish": self.publish_s / (num_io_tasks * max(wall_s, 1e-9)),
         }
-        return dict(sorted(shares.items(), key=lambda item: -item[1]))
+        # When the first shard began is only known about: full is full.
+        busiest_first = sorted(shares.items(), key=lambda item: -item[1])
+        return {name: min(share, 1.0) for name, share in busiest_first}
 
 
 def busy_line(shares: dict[str, float]) -> str:

@@ -30,3 +30,9 @@ def test_the_busiest_stage_comes_first():
 def test_no_time_at_all():
     shares = StageTimes().busy(0.0, num_actors=1, num_io_tasks=1)
     assert set(shares.values()) == {0.0}
+
+
+def test_full_is_full():
+    times = StageTimes()
+    times.add(receipt(1.0, 30.0, 1.0))
+    assert times.busy(10.0, num_actors=2, num_io_tasks=2)["model"] == 1.0
