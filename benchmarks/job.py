@@ -52,14 +52,6 @@ JPEG_QUALITY = 90
 MODEL, REST, STAGES, JOB = "model alone", "decode + publish alone", "stages, no Ray", "whole job"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where an archive or a job is, and how to reach it."""
-
-    url: str
-    storage: dict[str, Any]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """All that is printed.
@@ -124,9 +116,9 @@ def make_archive(folder: Path, num_frames: int) -> None:
         path.write_bytes(cv2.imencode(".jpg", frame[..., ::-1], quality)[1].tobytes())
 
 
-def _places(stack: ExitStack, folder: Path, *, s3: bool) -> tuple[Place, Place]:
+def _places(stack: ExitStack, folder: Path, *, s3: bool) -> tuple[str, str]:
     if not s3:
-        return Place(str(folder / "archive"), {}), Place(str(folder / "out"), {})
+        return str(folder / "archive"), str(folder / "out")
     from tests.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, run_s3_server
 
     endpoint = stack.enter_context(run_s3_server())
@@ -139,23 +131,21 @@ def _places(stack: ExitStack, folder: Path, *, s3: bool) -> tuple[Place, Place]:
     store = open_store("s3://frames/archive", StorageOptions())
     for path in sorted((folder / "archive").iterdir()):
         store.put(path.name, path.read_bytes())
-    return Place("s3://frames/archive", {}), Place("s3://out/job", {})
+    return "s3://frames/archive", "s3://out/job"
 
 
-def _round(archive: Place, output: Place, turn: int, given: argparse.Namespace) -> dict[str, float]:
+def _round(archive: str, output: str, turn: int, given: argparse.Namespace) -> dict[str, float]:
     rates: dict[str, float] = {}
     for way in (MODEL, REST, STAGES):
         print(f"round {turn + 1}: {way}", file=sys.stderr, flush=True)
-        rates[way] = _in_processes(
-            way, archive, Place(f"{output.url}-{turn}-{way[:5].strip()}", {}), given
-        )
+        rates[way] = _in_processes(way, archive, f"{output}-{turn}-{way[:5].strip()}", given)
     if not given.no_ray:
         print(f"round {turn + 1}: {JOB}", file=sys.stderr, flush=True)
-        rates[JOB], rates["first commit"] = _job(archive, Place(f"{output.url}-{turn}", {}), given)
+        rates[JOB], rates["first commit"] = _job(archive, f"{output}-{turn}", given)
     return rates
 
 
-def _in_processes(way: str, archive: Place, output: Place, given: argparse.Namespace) -> float:
+def _in_processes(way: str, archive: str, output: str, given: argparse.Namespace) -> float:
     """Frames a second of so many processes that do the same beside each other."""
     spawn = multiprocessing.get_context("spawn")
     cpus, frames = given.cpus, given.shard_frames
@@ -174,8 +164,8 @@ def _in_processes(way: str, archive: Place, output: Place, given: argparse.Names
 
 def _worker(
     way: str,
-    archive: Place,
-    output: Place,
+    archive: str,
+    output: str,
     index: int,
     cpus: int,
     shard_frames: int,
@@ -184,8 +174,7 @@ def _worker(
 ) -> None:
     """Time one way on this process's share of the shards; everything is warm before."""
     cv2.setNumThreads(1)
-    place = Place(f"{output.url}-{index}", output.storage)
-    context, tables = _planned(archive, place, shard_frames)
+    context, tables = _planned(archive, f"{output}-{index}", shard_frames)
     own = tables[index::cpus] or tables
     decode, publish = DecodeShard(context), PublishShard(context)
     annotate = AnnotateShard(context, bundled_weights())
@@ -228,13 +217,11 @@ def _repeated(decoded: DecodedShard, sample: AnnotatedShard) -> AnnotatedShard:
     )
 
 
-def _planned(
-    archive: Place, output: Place, shard_frames: int
-) -> tuple[StageContext, list[pa.Table]]:
+def _planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext, list[pa.Table]]:
     spec = check_spec(
         {
-            "input": {"url": archive.url},
-            "output": {"url": output.url},
+            "input": {"url": archive},
+            "output": {"url": output},
             "shard": {"frames": shard_frames},
         },
         "the benchmark",
@@ -256,10 +243,10 @@ def _planned(
     return context, [part.slice(row, 1) for part in parts for row in range(part.num_rows)]
 
 
-def _job(archive: Place, output: Place, given: argparse.Namespace) -> tuple[float, float]:
+def _job(archive: str, output: str, given: argparse.Namespace) -> tuple[float, float]:
     """Frames a second once every model has committed, and when the first shard was there."""
-    command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive.url]
-    command += ["--output", output.url, "--set", f"shard.frames={given.shard_frames}"]
+    command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive]
+    command += ["--output", output, "--set", f"shard.frames={given.shard_frames}"]
     command += ["--set", f"ray.num_cpus={given.cpus}"]
     seen: list[tuple[float, int]] = []
     started = time.time()
@@ -268,24 +255,24 @@ def _job(archive: Place, output: Place, given: argparse.Namespace) -> tuple[floa
     said = process.stderr.read()
     if process.wait() != 0:
         raise SystemExit(f"the job ended with {process.returncode}: {said.decode()}")
-    store = open_store(output.url, StorageOptions())
+    store = open_store(output, StorageOptions())
     for item in store.list("gen-0000/commit/"):
         record = json.loads(store.read(item.key))
         seen.append((_committed_at(output, item.key), int(record["num_rows"])))
     seen.sort()
     # As many models start together: each one's first commit opens its own time.
     opened, last, first = seen[given.cpus - 1][0], seen[-1][0], seen[0][0]
-    if not output.url.startswith("s3://"):
-        shutil.rmtree(output.url)
+    if not output.startswith("s3://"):
+        shutil.rmtree(output)
     return sum(rows for _, rows in seen[given.cpus :]) / (last - opened), first - started
 
 
-def _committed_at(output: Place, key: str) -> float:
-    if not output.url.startswith("s3://"):
-        return (Path(output.url) / key).stat().st_mtime
+def _committed_at(output: str, key: str) -> float:
+    if not output.startswith("s3://"):
+        return (Path(output) / key).stat().st_mtime
     import boto3
 
-    bucket, _, prefix = output.url.removeprefix("s3://").partition("/")
+    bucket, _, prefix = output.removeprefix("s3://").partition("/")
     client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     return float(
         client.head_object(Bucket=bucket, Key=f"{prefix}/{key}")["LastModified"].timestamp()

@@ -15,7 +15,7 @@ d channels of one, t tokens of a tile.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class CpuEncoder:
 
     def __init__(self, encoder: MixTransformer) -> None:
         """Fold the parameters in float64."""
-        self.stages = [_Stage(stage) for stage in encoder.stages]  # type: ignore[arg-type]
+        self.stages = [_Stage(cast("Stage", stage)) for stage in encoder.stages]
 
     @torch.no_grad()
     def __call__(self, x_bchw: Tensor) -> list[Tensor]:
@@ -85,7 +85,7 @@ class _Stage:
         self.blocks: list[_Block] = []
         shift = torch.zeros(proj.out_channels, dtype=torch.float64)
         for block in stage.blocks:
-            self.blocks.append(_Block(block, shift))  # type: ignore[arg-type]
+            self.blocks.append(_Block(cast("Block", block), shift))
             shift = self.blocks[-1].shift_after
         self.shift = _array(shift)
         self.norm = _Norm(stage.norm)

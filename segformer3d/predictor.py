@@ -130,7 +130,7 @@ class Predictor:
         _check(frames)
         size = class_ids_size or (frames.shape[1], frames.shape[2])
         in_threads = self._num_threads > 1 and self.micro_batch == 1 and len(frames) > 1
-        if in_threads and not self._encode.is_watched:
+        if in_threads and self._encode.watched() is None:
             return self._predict_in_threads(frames, size)
         parts: list[Predictions] = []
         start = 0
@@ -258,21 +258,14 @@ class _Encoder:
             self._encode, self._watchable = CpuEncoder(modules), weakref.ref(modules)
 
     def __call__(self, x_bchw: Tensor) -> list[Tensor]:
+        return (self.watched() or self._encode)(x_bchw)
+
+    def watched(self) -> nn.Module | None:
+        """The modules, if hooks are waiting there for frames, one after the other."""
         modules = self._watchable()
-        if modules is not None and _has_hooks(modules):
-            maps: list[Tensor] = modules(x_bchw)
-            return maps
-        return self._encode(x_bchw)
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether hooks are waiting for frames, one after the other."""
-        modules = self._watchable()
-        return modules is not None and _has_hooks(modules)
-
-
-def _has_hooks(modules: nn.Module) -> bool:
-    return any(item._forward_pre_hooks or item._forward_hooks for item in modules.modules())
+        items = () if modules is None else modules.modules()
+        has_hooks = any(item._forward_pre_hooks or item._forward_hooks for item in items)
+        return modules if has_hooks else None
 
 
 def _are_finite(out_bchw: Tensor) -> Tensor:
