@@ -109,6 +109,8 @@ def estimate(spec: JobSpec, weights: bytes, plan: Plan, shard: ShardSpec) -> Est
         threads=spec.model.threads,
     )
     annotated, seconds = _timed(AnnotateShard(context, weights), decoded)
+    at_asset_size = spec.output.depth_size == "asset"
+    data = encode_shard(annotated, {}, depth_at_asset_size=at_asset_size)
     # Sizes differ over an archive: what grows with it is the number of pixels.
     scale = plan.num_pixels / (decoded.pixels.size / 3)
     gpus = _num_gpus()
@@ -119,7 +121,7 @@ def estimate(spec: JobSpec, weights: bytes, plan: Plan, shard: ShardSpec) -> Est
         num_actors=resources.max_actors,
         frames_per_s=(plan.num_frames - plan.num_known_errors) / max(1e-9, time_s),
         time_s=time_s,
-        output_bytes=int(len(encode_shard(annotated, {})) * scale),
+        output_bytes=int(len(data) * scale),
     )
 
 
