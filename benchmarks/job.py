@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.model import machine
-from jobs.plan import make_plan, open_output
+from jobs.plan import Planner, make_plan, open_output
 from jobs.record import claim_output
 from jobs.runner import make_record
 from jobs.spec import check_spec
@@ -228,7 +228,7 @@ def _planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext
     )
     store = open_output(spec)
     claim_output(store, make_record(spec, bundled_weights()), single_driver=False)
-    plan = make_plan(store, Generation(), spec)
+    plan = make_plan(store, Generation(), Planner(spec))
     context = StageContext(
         job_url=store.url,
         job_storage=StorageOptions(),

@@ -188,14 +188,42 @@ def cancel(url: str, endpoint_url: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("url", metavar="JOB")
+@click.option("--only", multiple=True, metavar="KIND", help="Kind of error; default all. Repeat.")
+@click.option("--set", "overrides", multiple=True, metavar="ray.KEY=VALUE")
 @_endpoint_option
 @_json_option
-def verify(url: str, endpoint_url: str | None, as_json: bool) -> int:
+def retry(
+    url: str,
+    only: Sequence[str],
+    overrides: Sequence[str],
+    endpoint_url: str | None,
+    as_json: bool,
+) -> int:
+    """Try the quarantined frames of a finished job again, and nothing else.
+
+    The files are looked at anew. The frames form a generation of their own, whose rows count.
+    """
+    from jobs.retry import retry_job
+    from jobs.spec import load_ray_section
+
+    ray = load_ray_section(overrides) if overrides else None
+    return _report(retry_job(url, _storage(endpoint_url), only=only, ray=ray), as_json)
+
+
+@cli.command()
+@click.argument("url", metavar="JOB")
+@click.option("--repair", is_flag=True, help="Do anew what is broken, in a generation of its own.")
+@_endpoint_option
+@_json_option
+def verify(url: str, repair: bool, endpoint_url: str | None, as_json: bool) -> int:
     """Check every record, object and row of a job against its plan."""
+    from jobs.repair import repair_job
     from jobs.verify import verify_job
 
-    findings = verify_job(url, _storage(endpoint_url))
-    fields = {**asdict(findings), "sound": findings.is_sound, "complete": findings.is_complete}
+    storage = _storage(endpoint_url)
+    findings = repair_job(url, storage) if repair else verify_job(url, storage)
+    fields = {**asdict(findings), "broken": sorted(findings.broken)}
+    fields |= {"sound": findings.is_sound, "complete": findings.is_complete}
     _print(fields, as_json, findings.text())
     return EXIT_DONE if findings.is_complete else EXIT_FAILED
 

@@ -9,15 +9,15 @@ from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.manifest import Manifest
-from jobs.plan import Plan, read_plan
+from jobs.generations import History
+from jobs.plan import Plan, PlanPart
 from jobs.record import read_job
 from pipeline.decode import decode_shard
 from pipeline.encode import decode_class_ids, decode_depth, resize_class_ids
@@ -36,6 +36,13 @@ _NEAR = 8
 _LABEL_COLUMNS = ["asset", "frame_index", "status", "class_ids", "depth"]
 
 Rows = list[dict[str, Any]]
+
+
+class _Place(NamedTuple):
+    """Where a shard's plan lies."""
+
+    part: PlanPart
+    shard_id: int
 
 
 class JobDataset:
@@ -68,7 +75,6 @@ class JobDataset:
         self._url = url
         self._storage = storage or StorageOptions()
         self._store: tuple[int, Store] | None = None
-        self._generation = Generation(0)
         store = self._open()
         record = read_job(store)
         spec = record.job_spec()
@@ -77,13 +83,12 @@ class JobDataset:
         self.depth_kind: DepthKind = self._codec.kind if self._codec else "none"
         if record.labels and tuple(record.labels) != CLASS_NAMES:
             raise UserError(f"{url}: its classes are not the {len(CLASS_NAMES)} of Cityscapes")
-        self._plan = self._finished_plan(store)
-        self._files, self._kept = self._index(store, min_confidence)
+        self._shards, self._files, self._kept = self._index(store, min_confidence)
         self._ends = list(accumulate(len(kept) for kept in self._kept))
         if not len(self):
             raise UserError(f"{url}: no good frame with a confidence of {min_confidence:g} or more")
         # Caches of one entry: (plan part, its table), (shard, its rows), (shard, its frames).
-        self._part: tuple[int, pa.Table] | None = None
+        self._part: tuple[str, pa.Table] | None = None
         self._rows: tuple[int, Rows] | None = None
         self._frames: tuple[int, dict[tuple[str, int], UInt8Array]] | None = None
         self._last = -1
@@ -126,33 +131,33 @@ class JobDataset:
             self._store = os.getpid(), open_store(self._url, self._storage)
         return self._store[1]
 
-    def _finished_plan(self, store: Store) -> Plan:
-        plan = read_plan(store, self._generation)
-        if plan is None:
-            raise UserError(f"{self._url}: not planned yet; finish it with `segformer3d resume`")
-        return plan
-
     def _index(
         self, store: Store, min_confidence: float
-    ) -> tuple[list[str], list[npt.NDArray[np.intp]]]:
-        """Give each shard's data object, and the places of the frames to keep among its rows."""
-        plan = self._plan
-        manifest = Manifest.load(store, self._generation, plan.plan_id, plan.num_shards)
-        if not manifest.is_complete:
-            done = f"{manifest.num_done} of {plan.num_shards} shards are done"
+    ) -> tuple[list[_Place], list[str], list[npt.NDArray[np.intp]]]:
+        """Give each shard that counts, its data object, and which of its rows to keep."""
+        history = History.load(store)
+        if not history.views:
+            raise UserError(f"{self._url}: not planned yet; finish it with `segformer3d resume`")
+        if not history.is_complete:
+            done = f"{history.num_done} of {history.num_shards} shards are done"
             raise UserError(f"{self._url}: {done}; finish it with `segformer3d resume`")
-        files = [""] * plan.num_shards
-        kept = [np.empty(0, np.intp)] * plan.num_shards
-        for record in manifest.records():
-            files[record.shard_id] = self._data_key(record)
-            if record.num_ok:
-                kept[record.shard_id] = _good_rows(store, files[record.shard_id], min_confidence)
-        return files, kept
+        places: list[_Place] = []
+        files: list[str] = []
+        kept: list[npt.NDArray[np.intp]] = []
+        for view in history.views:
+            for record in sorted(view.records, key=lambda record: record.shard_id):
+                places.append(_Place(_part_of(view.plan, record.shard_id), record.shard_id))
+                files.append(self._data_key(view.generation, record))
+                rows = np.empty(0, np.intp)
+                if record.num_ok:
+                    rows = _good_rows(store, files[-1], min_confidence)
+                kept.append(rows)
+        return places, files, kept
 
-    def _data_key(self, record: CommitRecord) -> str:
+    def _data_key(self, generation: Generation, record: CommitRecord) -> str:
         if len(record.files) != 1:
             raise JobError(f"{self._url}: shard {record.shard_id} has {len(record.files)} objects")
-        return f"{self._generation.prefix}{record.files[0].path}"
+        return f"{generation.prefix}{record.files[0].path}"
 
     def _labels(self, shard_id: int) -> Rows:
         if self._rows is None or self._rows[0] != shard_id:
@@ -188,13 +193,13 @@ class JobDataset:
                 raise DatasetError(f"{name}: the archive no longer gives it: {record.error}")
         return frames
 
-    def _shard(self, shard_id: int) -> ShardSpec:
-        firsts = [part.first_shard for part in self._plan.parts]
-        number = bisect_right(firsts, shard_id) - 1
-        if self._part is None or self._part[0] != number:
-            data = self._open().read(self._plan.parts[number].key)
-            self._part = number, pq.read_table(pa.BufferReader(data))
-        return shards_from_table(self._part[1].slice(shard_id - firsts[number], 1))[0]
+    def _shard(self, place: int) -> ShardSpec:
+        """The shard at a place of the list."""
+        part, shard_id = self._shards[place]
+        if self._part is None or self._part[0] != part.key:
+            data = self._open().read(part.key)
+            self._part = part.key, pq.read_table(pa.BufferReader(data))
+        return shards_from_table(self._part[1].slice(shard_id - part.first_shard, 1))[0]
 
     def _sample(self, row: dict[str, Any], image: UInt8Array) -> Sample:
         height, width = image.shape[:2]
@@ -207,6 +212,11 @@ class JobDataset:
             depth = resize_depth(self._codec.decode(codes), (width, height))
         name = str(PurePosixPath(row["asset"], f"{row['frame_index']:06d}"))
         return Sample(name, np.array(image), ids, depth)
+
+
+def _part_of(plan: Plan, shard_id: int) -> PlanPart:
+    firsts = [part.first_shard for part in plan.parts]
+    return plan.parts[bisect_right(firsts, shard_id) - 1]
 
 
 def _good_rows(store: Store, key: str, min_confidence: float) -> npt.NDArray[np.intp]:
@@ -232,11 +242,4 @@ def _only(spec: ShardSpec, wanted: set[tuple[str, int]]) -> ShardSpec:
 
 def _slice_of(part: Slice, wanted: set[tuple[str, int]]) -> Slice | None:
     places = [i for i, index in enumerate(part.frame_index) if (part.asset, index) in wanted]
-    if not places:
-        return None
-    return replace(
-        part,
-        frame_index=tuple(part.frame_index[place] for place in places),
-        pts=tuple(part.pts[place] for place in places) if part.pts else (),
-        pts_s=tuple(part.pts_s[place] for place in places) if part.pts_s else (),
-    )
+    return part.take(places) if places else None

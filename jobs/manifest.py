@@ -6,7 +6,7 @@ sealed: their records go into one snapshot table and their folders are never lis
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -115,16 +115,20 @@ class Manifest:
         flags[np.array(self.open_ids, np.int64)] = True
         return flags
 
-    def records(self) -> Iterator[CommitRecord]:
+    def records(self, without: Collection[int] = ()) -> Iterator[CommitRecord]:
         """Every commit record: the sealed ones first, then the open ones as they are read.
+
+        Args:
+            without: Shards whose records are not even read.
 
         Raises:
             JobError: If a record is malformed or foreign.
             StorageError: If one cannot be read.
         """
         for row in self.sealed.to_batches():
-            yield from (_record(item, self.plan_id) for item in row.to_pylist())
-        yield from self._read(self.open_ids)
+            kept = (item for item in row.to_pylist() if item["shard_id"] not in without)
+            yield from (_record(item, self.plan_id) for item in kept)
+        yield from self._read([item for item in self.open_ids if item not in without])
 
     def seal(self) -> Self:
         """Move ranges that are all decided into a new snapshot; safe to repeat and to race."""

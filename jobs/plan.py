@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,6 +45,8 @@ _MAX_PROBERS = 4
 _MAX_SHARD_BYTES = 96 << 20
 
 T = TypeVar("T")
+
+Reason = Literal["first", "retry", "repair"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,9 @@ class Plan:
         video_duration_s: Play time of all videos.
         num_pixels: Model input pixels over all planned frames.
         parts: The shards themselves.
+        reason: Why there is this generation.
+        only: Of a retry, the kinds of error that it was asked to try again; empty for all.
+        replaced: Of a repair, ``(generation, shard_id)`` of what nobody shall read any more.
     """
 
     plan_id: str
@@ -91,12 +96,17 @@ class Plan:
     video_duration_s: float
     num_pixels: int
     parts: tuple[PlanPart, ...] = ()
+    reason: Reason = "first"
+    only: tuple[str, ...] = ()
+    replaced: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         """From the plain data of ``plan.json``."""
         parts = tuple(PlanPart(**part) for part in fields.pop("parts"))
-        plan = cls(**fields, parts=parts)
+        only = tuple(fields.pop("only", ()))
+        replaced = tuple((int(item), int(shard)) for item, shard in fields.pop("replaced", ()))
+        plan = cls(**fields, parts=parts, only=only, replaced=replaced)
         if not all(type(value) is int for value in (plan.num_shards, plan.num_frames)):
             message = "a count is not a whole number"
             raise ValueError(message)
@@ -166,8 +176,11 @@ class Planner:
             num_ignored=self.num_ignored,
             size_bytes=sum(asset.size_bytes for asset in self.assets),
             video_duration_s=self._duration_s,
+            num_shards=self._counts["num_shards"],
+            num_frames=self._counts["num_frames"],
+            num_known_errors=self._counts["num_known_errors"],
+            num_pixels=self._counts["num_pixels"],
             parts=tuple(parts),
-            **self._counts,
         )
 
     def _list(self) -> tuple[list[Asset], int]:
@@ -212,15 +225,19 @@ class Planner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _slices(self, probes: Iterable[AssetProbe]) -> Iterator[tuple[tuple[int, int], Slice, int]]:
+        for probe in probes:
+            self._duration_s += probe.duration_s
+            target = self._target_frames(probe)
+            for part in self._parts(probe, target):
+                yield *sized(part, self.spec.geometry.geometry()), target
+
+    def _parts(self, probe: AssetProbe, target_frames: int) -> list[Slice]:
+        """Slices of one asset."""
         sampling = Sampling(
             every_nth=self.spec.sampling.every_nth,
             frames_per_second=self.spec.sampling.frames_per_second,
         )
-        for probe in probes:
-            self._duration_s += probe.duration_s
-            target = self._target_frames(probe)
-            for part in slice_asset(probe, sampling=sampling, target_frames=target):
-                yield *sized(part, self.spec.geometry.geometry()), target
+        return slice_asset(probe, sampling=sampling, target_frames=target_frames)
 
     def _target_frames(self, probe: AssetProbe) -> int:
         """Frames per shard: what the spec says, or as many as its memory bound allows."""
@@ -301,9 +318,8 @@ def read_plan(store: Store, generation: Generation) -> Plan | None:
         raise JobError(message) from error
 
 
-def make_plan(store: Store, generation: Generation, spec: JobSpec) -> Plan:
-    """Plan the archive and fix the plan; if another driver was faster, theirs counts."""
-    planner = Planner(spec)
+def make_plan(store: Store, generation: Generation, planner: Planner) -> Plan:
+    """Plan and fix the plan; if another driver was faster, theirs counts."""
     name = uuid.uuid4().hex
     parts: list[PlanPart] = []
     for shards in _chunks(planner.shards(), SHARDS_PER_RANGE):

@@ -9,7 +9,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +19,10 @@ import fsspec
 import numpy as np
 
 from jobs.cluster import check_cluster, connect
+from jobs.generations import History, Quarantined, read_plans
 from jobs.lease import DriverState, Pulse, heartbeats, is_cancelled, mark_cancelled, take_lease
 from jobs.manifest import Manifest
-from jobs.plan import Plan, check_archive, make_plan, open_output, read_plan
+from jobs.plan import Plan, Planner, check_archive, make_plan, open_output, read_plan
 from jobs.progress import Progress, say
 from jobs.record import OUTPUT_VERSION, JobRecord, claim_output, read_job
 from jobs.spec import JobSpec, RaySection
@@ -71,16 +73,29 @@ class RunResult:
 
 @dataclass(frozen=True)
 class OpenJob:
-    """A job whose output is claimed and whose weights lie in it."""
+    """A job whose output is claimed and whose weights lie in it.
+
+    Attributes:
+        store: Its store.
+        record: What it pins.
+        spec: What was asked for.
+        generation: The generation that is being made.
+        planner: Makes what plans it; None plans the whole archive.
+    """
 
     store: Store
     record: JobRecord
     spec: JobSpec
+    generation: Generation
+    planner: Callable[[], Planner] | None = None
 
-    @property
-    def generation(self) -> Generation:
-        """The generation that is being made."""
-        return Generation(0)
+    def plan(self) -> Plan:
+        """The generation's plan, made if there is none."""
+        plan = read_plan(self.store, self.generation)
+        if plan is not None:
+            return plan
+        planner = self.planner() if self.planner is not None else Planner(self.spec)
+        return make_plan(self.store, self.generation, planner)
 
 
 def run_job(spec: JobSpec) -> RunResult:
@@ -125,7 +140,7 @@ def claim_job(spec: JobSpec) -> OpenJob:
         store.put(held.weights_key, weights)
     else:
         _check_weights(store, held, spec)
-    return OpenJob(store=store, record=held, spec=spec)
+    return OpenJob(store, held, spec, newest_generation(store))
 
 
 def reopen_job(url: str, storage: StorageOptions, ray: RaySection | None = None) -> OpenJob:
@@ -147,7 +162,7 @@ def reopen_job(url: str, storage: StorageOptions, ray: RaySection | None = None)
     if ray is not None:
         spec = spec.model_copy(update={"ray": ray})
     _check_weights(store, record, spec)
-    return OpenJob(store=store, record=record, spec=spec)
+    return OpenJob(store, record, spec, newest_generation(store))
 
 
 def _check_weights(store: Store, record: JobRecord, spec: JobSpec) -> None:
@@ -244,10 +259,7 @@ class _Driver:
 
     def run(self) -> RunResult:
         """Plan if need be, annotate what is pending, and finish if nothing is."""
-        plan = read_plan(self.store, self.generation)
-        if plan is None:
-            plan = make_plan(self.store, self.generation, self.job.spec)
-        self.plan = plan
+        self.plan = plan = self.job.plan()
         # Sealing first: whatever is read of the records from now on is read once.
         manifest = self._manifest(plan).seal()
         self.num_done = manifest.num_done
@@ -257,7 +269,8 @@ class _Driver:
             missing_pngs = self._missing_pngs(manifest)
         if (not manifest.is_complete or missing_pngs) and not self._stopping():
             manifest = self._compute(plan, manifest, missing_pngs)
-        return self._finish(plan, manifest.seal())
+        manifest.seal()
+        return self._finish()
 
     def progress(self) -> dict[str, Any]:
         """Fields of this driver's next heartbeat."""
@@ -400,32 +413,31 @@ class _Driver:
             if record.shard_id not in marked
         )
 
-    def _finish(self, plan: Plan, manifest: Manifest) -> RunResult:
-        records = list(manifest.records())
-        num_ok = sum(record.num_ok for record in records)
-        num_bad = sum(record.num_rows for record in records) - num_ok
+    def _finish(self) -> RunResult:
+        history = History.load(self.store)
+        view = history.views[self.generation.number]
         result = RunResult(
             url=self.store.url,
             outcome="interrupted",
-            num_frames=plan.num_frames,
-            num_ok=num_ok,
-            num_quarantined=num_bad,
-            num_shards=plan.num_shards,
-            num_done=manifest.num_done,
+            num_frames=history.num_frames,
+            num_ok=history.num_ok,
+            num_quarantined=history.num_quarantined,
+            num_shards=history.num_shards,
+            num_done=history.num_done,
             num_computed=self.num_computed,
             busy={name: round(share, 4) for name, share in self.busy.items()},
         )
-        collect_orphans(self.store, self.generation, plan, records)
-        if not manifest.is_complete or self._missing_pngs(manifest):
+        collect_orphans(self.store, self.generation, view.plan, view.records)
+        if not view.is_complete or self._missing_pngs(view.manifest):
             if self._stopping():
                 return result
             message = (
-                f"{self.store.url}: {plan.num_shards - manifest.num_done} shards came back "
+                f"{self.store.url}: {view.num_shards - view.num_done} shards came back "
                 "undecided; go on with `segformer3d resume`"
             )
             raise JobError(message)
-        write_success(self.store, self.generation, plan, records)
-        return replace(result, outcome="quarantined" if num_bad else "done")
+        write_success(self.store, self.generation, view.plan, view.records)
+        return replace(result, outcome="quarantined" if result.num_quarantined else "done")
 
 
 def pending_parts(plan: Plan, manifest: Manifest, *, backwards: bool) -> "list[PendingPart]":
@@ -486,18 +498,19 @@ def write_success(
         "num_shards": plan.num_shards,
         "num_rows": sum(record.num_rows for record in records),
         "num_ok": sum(record.num_ok for record in records),
-        "quarantined": count_kinds(records),
+        "quarantined": count_kinds(item for record in records for item in record.quarantined),
     }
     create_once(store, generation.success_key, canonical_json(summary))
 
 
-def count_kinds(records: Sequence[CommitRecord]) -> dict[str, int]:
+def count_kinds(quarantined: Iterable[Quarantined]) -> dict[str, int]:
     """How many frames each kind of error took."""
-    counts: dict[str, int] = {}
-    for record in records:
-        for _, _, kind, _ in record.quarantined:
-            counts[kind] = counts.get(kind, 0) + 1
-    return counts
+    return dict(Counter(kind for _, _, kind, _ in quarantined))
+
+
+def newest_generation(store: Store) -> Generation:
+    """The last generation that is planned, or the first if none is."""
+    return Generation(max(0, len(read_plans(store)) - 1))
 
 
 def _guarded(receipts: Iterator[ShardReceipt], url: str) -> Iterator[ShardReceipt]:

@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from jobs.generations import History
 from jobs.lease import Heartbeat, heartbeats
-from jobs.manifest import Manifest
-from jobs.plan import read_plan
 from jobs.record import read_job
 from jobs.runner import count_kinds
 from pipeline.errors import Segformer3dError, StorageError, UserError
-from pipeline.layout import JOB_KEY, OWN_PREFIXES, Generation
+from pipeline.layout import JOB_KEY, OWN_PREFIXES
 from pipeline.storage import StorageOptions, Store, join_url, open_store
 
 JobState = Literal[
@@ -30,9 +29,10 @@ class JobStatus:
             with inputs that could not be read; ``unreadable`` is a job, or a folder where one may
             be, that cannot be read itself.
         trained: Whether its weights are; False if unreadable.
-        num_shards: Shards of the plan; 0 before there is one.
+        num_generations: Plans that the job has: the first, then one for each retry or repair.
+        num_shards: Shards of the plans; 0 before there is one.
         num_done: Shards decided.
-        num_frames: Planned frames.
+        num_frames: Planned frames, however often they were planned.
         num_ok: Frames annotated.
         num_quarantined: Frames with a typed error.
         quarantined: The same by kind.
@@ -46,6 +46,7 @@ class JobStatus:
     url: str
     state: JobState
     trained: bool
+    num_generations: int = 0
     num_shards: int = 0
     num_done: int = 0
     num_frames: int = 0
@@ -77,6 +78,8 @@ class JobStatus:
             f"output  {self.size_bytes / 1e6:.1f} MB of Parquet",
         ]
         lines += [f"        {kind}: {count}" for kind, count in sorted(self.quarantined.items())]
+        if self.num_generations > 1:
+            lines.append(f"made in {self.num_generations} generations")
         for driver in self.drivers:
             lines.append(
                 f"driver  process {driver.pid} on {driver.host}, {driver.state},"
@@ -98,9 +101,8 @@ def job_status(url: str, storage: StorageOptions) -> JobStatus:
     store = open_store(url, storage)
     record = read_job(store)
     alive = tuple(heartbeat for heartbeat in heartbeats(store) if heartbeat.is_alive)
-    generation = Generation(0)
-    plan = read_plan(store, generation)
-    if plan is None:
+    history = History.load(store)
+    if not history.views:
         return JobStatus(
             url=store.url,
             state=_unplanned(alive),
@@ -108,30 +110,31 @@ def job_status(url: str, storage: StorageOptions) -> JobStatus:
             quarantined={},
             drivers=alive,
         )
-    manifest = Manifest.load(store, generation, plan.plan_id, plan.num_shards)
-    records = list(manifest.records())
-    num_rows = sum(item.num_rows for item in records)
-    num_ok = sum(item.num_ok for item in records)
     rate = sum(heartbeat.frames_per_s for heartbeat in alive)
-    finished = store.head(generation.success_key) is not None
+    newest = history.views[-1]
+    finished = store.head(newest.generation.success_key) is not None
+    kinds = count_kinds(history.quarantined())
+    num_bad = sum(kinds.values())
+    num_left = newest.plan.num_frames - sum(item.num_rows for item in newest.records)
     state: JobState = "running" if alive else "interrupted"
     if finished:
-        state = "done" if num_ok == num_rows else "quarantined"
+        state = "quarantined" if num_bad else "done"
     elif alive and all(heartbeat.state == "submitted" for heartbeat in alive):
         state = "submitted"
     return JobStatus(
         url=store.url,
         state=state,
         trained=record.trained,
-        num_shards=plan.num_shards,
-        num_done=manifest.num_done,
-        num_frames=plan.num_frames,
-        num_ok=num_ok,
-        num_quarantined=num_rows - num_ok,
-        quarantined=count_kinds(records),
-        size_bytes=sum(file.size_bytes for item in records for file in item.files),
+        num_generations=len(history.views),
+        num_shards=history.num_shards,
+        num_done=history.num_done,
+        num_frames=history.num_frames,
+        num_ok=history.num_ok,
+        num_quarantined=num_bad,
+        quarantined=kinds,
+        size_bytes=history.size_bytes,
         frames_per_s=rate,
-        seconds_left=(plan.num_frames - num_rows) / rate if rate > 0 and not finished else None,
+        seconds_left=num_left / rate if rate > 0 and not finished else None,
         drivers=() if finished else alive,
     )
 

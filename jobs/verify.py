@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.generations import hidden_shards, read_part, read_plans
 from jobs.manifest import Manifest
-from jobs.plan import Plan, PlanDigest, read_plan
+from jobs.plan import Plan, PlanDigest
 from jobs.progress import Progress
 from jobs.record import read_job
 from pipeline.commit import parse_commit
 from pipeline.errors import JobError, ObjectNotFoundError, StorageError, UserError
 from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
-from pipeline.records import CommitRecord, ShardSpec, shards_from_table
+from pipeline.records import CommitRecord, DataFile, ShardSpec
 from pipeline.sinks.parquet import frame_id
 from pipeline.storage import StorageOptions, Store, open_store
 
@@ -28,12 +29,14 @@ class Findings:
 
     Attributes:
         url: The job's URI.
-        num_shards: Shards of the plan.
+        num_shards: Shards of all generations, but for those that a repair replaced.
         num_decided: Those with a commit record.
         num_frames: Planned frames of the decided shards.
         num_rows: Rows found for them.
-        undecided: Shards without a commit record; not a fault while the job is unfinished.
+        undecided: Ids of those without one, by generation; no fault while the job is unfinished.
         orphans: Data objects that no record names; harmless, a resume collects them.
+        replaced: Shards that a repair replaced; nobody reads them any more.
+        broken: ``(generation, shard_id)`` of what a repair has to do anew.
         faults: One line each; the first thousand.
         num_faults: All of them.
     """
@@ -43,8 +46,10 @@ class Findings:
     num_decided: int = 0
     num_frames: int = 0
     num_rows: int = 0
-    undecided: list[int] = field(default_factory=list)
+    undecided: dict[int, list[int]] = field(default_factory=dict)
     orphans: list[str] = field(default_factory=list)
+    replaced: int = 0
+    broken: set[tuple[int, int]] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
     num_faults: int = 0
 
@@ -72,6 +77,8 @@ class Findings:
             f"{self.num_decided} of {self.num_shards} shards decided, {self.num_rows} rows of"
             f" {self.num_frames} planned in them, {len(self.orphans)} orphans",
         ]
+        if self.replaced:
+            lines.append(f"{self.replaced} shards were broken once and are replaced")
         lines += self.faults
         if self.num_faults > len(self.faults):
             lines.append(f"and {self.num_faults - len(self.faults)} more")
@@ -90,147 +97,175 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
     """
     store = open_store(url, storage)
     read_job(store)
-    generation = Generation(0)
-    plan = read_plan(store, generation)
-    if plan is None:
+    plans = read_plans(store)
+    if not plans:
         message = f"{store.url}: nothing to verify, the job is not planned yet"
         raise UserError(message)
-    findings = Findings(url=store.url, num_shards=plan.num_shards)
-    records = _read_records(store, generation, plan, findings)
-    _check_snapshot(store, generation, plan, records, findings)
-    findings.num_decided = len(records)
-    digest = PlanDigest()
-    with Progress("verifying", plan.num_frames) as progress:
-        for spec in _planned(store, plan, findings):
-            digest.add(spec)
-            record = records.get(spec.shard_id)
-            if record is None:
-                findings.undecided.append(spec.shard_id)
-            else:
-                _check_shard(store, generation, spec, record, findings)
-            progress.advance(spec.num_frames)
-    if digest.plan_id != plan.plan_id:
-        findings.fault(f"{generation.plan_key}: its parts hold another plan than it names")
-    _check_orphans(store, generation, records, findings)
+    hidden = hidden_shards(plans)
+    findings = Findings(url=store.url, replaced=sum(map(len, hidden)))
+    with Progress("verifying", sum(plan.num_frames for _, plan in plans)) as progress:
+        for generation, plan in plans:
+            checked = hidden[generation.number]
+            _Generation(store, generation, plan, checked, findings).check(progress)
     return findings
 
 
-def _read_records(
-    store: Store, generation: Generation, plan: Plan, findings: Findings
-) -> dict[int, CommitRecord]:
-    """The commit records themselves, whatever a snapshot says of them."""
-    keys: list[str] = []
-    for item in store.list(generation.commit_prefix):
-        shard_id = shard_of(item.key)
-        known = shard_id is not None and shard_id < plan.num_shards
-        if known and item.key == generation.commit_key(shard_id or 0):
-            keys.append(item.key)
-        else:
-            findings.fault(f"{item.key}: not a commit record of this plan")
-    records: dict[int, CommitRecord] = {}
-    for key, data in store.read_many(keys):
-        try:
+@dataclass(frozen=True)
+class _Generation:
+    """One generation to be checked, but for its hidden shards."""
+
+    store: Store
+    generation: Generation
+    plan: Plan
+    hidden: frozenset[int]
+    findings: Findings
+
+    def check(self, progress: Progress) -> None:
+        """Check everything."""
+        findings, number = self.findings, self.generation.number
+        records = self._records()
+        self._check_snapshot(records)
+        findings.num_shards += self.plan.num_shards - len(self.hidden)
+        findings.num_decided += len(records)
+        undecided: list[int] = []
+        digest = PlanDigest()
+        for spec in self._planned():
+            digest.add(spec)
+            progress.advance(spec.num_frames)
+            if spec.shard_id in self.hidden:
+                continue
+            record = records.get(spec.shard_id)
+            if record is not None:
+                self._check_shard(spec, record)
+            elif (number, spec.shard_id) not in findings.broken:
+                undecided.append(spec.shard_id)
+        if undecided:
+            findings.undecided[number] = undecided
+        if digest.plan_id != self.plan.plan_id:
+            findings.fault(f"{self.generation.plan_key}: its parts hold another plan than it names")
+        self._check_orphans(records)
+
+    def _break(self, shard_id: int, message: str) -> None:
+        """Note a fault that doing the shard anew mends."""
+        self.findings.broken.add((self.generation.number, shard_id))
+        self.findings.fault(message)
+
+    def _records(self) -> dict[int, CommitRecord]:
+        """The commit records themselves, whatever a snapshot says of them."""
+        keys: list[str] = []
+        for item in self.store.list(self.generation.commit_prefix):
+            shard_id = shard_of(item.key)
+            known = shard_id is not None and shard_id < self.plan.num_shards
+            if not known or item.key != self.generation.commit_key(shard_id or 0):
+                self.findings.fault(f"{item.key}: not a commit record of this plan")
+            elif shard_id not in self.hidden:
+                keys.append(item.key)
+        records: dict[int, CommitRecord] = {}
+        for key, data in self.store.read_many(keys):
+            shard_id = shard_of(key) or 0
             if isinstance(data, StorageError):
-                raise data
-            record = parse_commit(data, plan.plan_id, shard_of(key) or 0)
+                self.findings.fault(f"{key}: {data}")
+                continue
+            try:
+                records[shard_id] = parse_commit(data, self.plan.plan_id, shard_id)
+            except JobError as error:
+                self._break(shard_id, f"{key}: {error}")
+        return records
+
+    def _check_snapshot(self, records: dict[int, CommitRecord]) -> None:
+        """What readers go by must be what the records say."""
+        plan = self.plan
+        try:
+            manifest = Manifest.load(self.store, self.generation, plan.plan_id, plan.num_shards)
+            sealed = list(replace(manifest, open_ids=()).records(without=self.hidden))
         except (JobError, StorageError) as error:
-            findings.fault(f"{key}: {error}")
-            continue
-        records[record.shard_id] = record
-    return records
+            self.findings.fault(f"{MANIFEST_PREFIX}: {error}")
+            return
+        for record in sealed:
+            if records.get(record.shard_id) != record:
+                key = self.generation.commit_key(record.shard_id)
+                message = f"{key}: missing, or not what the sealed manifest says"
+                self._break(record.shard_id, message)
+
+    def _planned(self) -> Iterator[ShardSpec]:
+        for part in self.plan.parts:
+            try:
+                shards = read_part(self.store, part)
+            except (JobError, StorageError) as error:
+                self.findings.fault(str(error))
+                continue
+            yield from shards
+
+    def _check_shard(self, spec: ShardSpec, record: CommitRecord) -> None:
+        planned = [
+            frame_id(part.asset, index) for part in spec.slices for index in part.frame_index
+        ]
+        self.findings.num_frames += len(planned)
+        held: list[str] = []
+        num_ok = 0
+        for file in record.files:
+            key = f"{self.generation.prefix}{file.path}"
+            try:
+                rows = _checked_rows(self.store, key, file)
+            except ObjectNotFoundError:
+                self._break(spec.shard_id, f"{key}: missing")
+                return
+            except _DamagedError as error:
+                self._break(spec.shard_id, f"{key}: {error}")
+                return
+            except StorageError as error:
+                self.findings.fault(f"{key}: cannot be read: {error}")
+                return
+            held += [name for name, _ in rows]
+            num_ok += sum(status == "ok" for _, status in rows)
+        self.findings.num_rows += len(held)
+        self._compare(spec.shard_id, planned, held)
+        if (record.num_rows, record.num_ok) != (len(held), num_ok):
+            message = "its record counts other rows than its data holds"
+            self._break(spec.shard_id, f"shard {spec.shard_id}: {message}")
+
+    def _compare(self, shard_id: int, planned: list[str], held: list[str]) -> None:
+        wanted, found = Counter(planned), Counter(held)
+        for name, number in (
+            ("missing", (wanted - found).total()),
+            ("extra", (found - wanted).total()),
+        ):
+            if number:
+                self._break(shard_id, f"shard {shard_id}: {number} rows {name}")
+
+    def _check_orphans(self, records: dict[int, CommitRecord]) -> None:
+        prefix = self.generation.prefix
+        named = {f"{prefix}{file.path}" for record in records.values() for file in record.files}
+        for item in self.store.list(self.generation.data_prefix):
+            if item.key in named:
+                continue
+            attempt = attempt_of(item.key)
+            if attempt is None or attempt[0] >= self.plan.num_shards:
+                self.findings.fault(f"{item.key}: foreign object among the data")
+            elif attempt[0] not in self.hidden:
+                self.findings.orphans.append(item.key)
 
 
-def _check_snapshot(
-    store: Store,
-    generation: Generation,
-    plan: Plan,
-    records: dict[int, CommitRecord],
-    findings: Findings,
-) -> None:
-    """What readers go by must be what the records say."""
+class _DamagedError(Exception):
+    """A data object is not what was committed."""
+
+
+def _checked_rows(store: Store, key: str, file: DataFile) -> list[tuple[str, str]]:
+    """``(frame_id, status)`` of every row of a data object that is what was committed.
+
+    Raises:
+        _DamagedError: It is not.
+        StorageError: It cannot be read.
+    """
+    data = store.read(key)
+    if len(data) != file.size_bytes:
+        message = f"{len(data)} bytes, {file.size_bytes} committed"
+        raise _DamagedError(message)
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        message = "other content than was committed"
+        raise _DamagedError(message)
     try:
-        manifest = Manifest.load(store, generation, plan.plan_id, plan.num_shards)
-        sealed = list(replace(manifest, open_ids=()).records())
-    except (JobError, StorageError) as error:
-        findings.fault(f"{MANIFEST_PREFIX}: {error}")
-        return
-    for record in sealed:
-        if records.get(record.shard_id) != record:
-            key = generation.commit_key(record.shard_id)
-            findings.fault(f"{key}: missing, or not what the sealed manifest says")
-
-
-def _planned(store: Store, plan: Plan, findings: Findings) -> Iterator[ShardSpec]:
-    for part in plan.parts:
-        try:
-            table = pq.read_table(pa.BufferReader(store.read(part.key)))
-            shards = shards_from_table(table)
-        except (StorageError, pa.ArrowException, KeyError, TypeError, OSError) as error:
-            findings.fault(f"{part.key}: cannot be read: {' '.join(str(error).split())}")
-            continue
-        yield from shards
-
-
-def _check_shard(
-    store: Store,
-    generation: Generation,
-    spec: ShardSpec,
-    record: CommitRecord,
-    findings: Findings,
-) -> None:
-    planned = [frame_id(part.asset, index) for part in spec.slices for index in part.frame_index]
-    findings.num_frames += len(planned)
-    held: list[str] = []
-    num_ok = 0
-    for file in record.files:
-        key = f"{generation.prefix}{file.path}"
-        try:
-            data = store.read(key)
-        except ObjectNotFoundError:
-            findings.fault(f"{key}: missing")
-            return
-        except StorageError as error:
-            findings.fault(f"{key}: cannot be read: {error}")
-            return
-        if len(data) != file.size_bytes:
-            findings.fault(f"{key}: {len(data)} bytes, {file.size_bytes} committed")
-            return
-        if hashlib.sha256(data).hexdigest() != file.sha256:
-            findings.fault(f"{key}: other content than was committed")
-            return
         table = pq.read_table(pa.BufferReader(data), columns=["frame_id", "status"])
-        held += table["frame_id"].to_pylist()
-        num_ok += table["status"].to_pylist().count("ok")
-    findings.num_rows += len(held)
-    _compare(spec.shard_id, planned, held, findings)
-    if (record.num_rows, record.num_ok) != (len(held), num_ok):
-        findings.fault(f"shard {spec.shard_id}: its record counts other rows than its data holds")
-
-
-def _compare(shard_id: int, planned: list[str], held: list[str], findings: Findings) -> None:
-    wanted, found = Counter(planned), Counter(held)
-    for name, number in (
-        ("missing", (wanted - found).total()),
-        ("extra", (found - wanted).total()),
-    ):
-        if number:
-            findings.fault(f"shard {shard_id}: {number} rows {name}")
-
-
-def _check_orphans(
-    store: Store,
-    generation: Generation,
-    records: dict[int, CommitRecord],
-    findings: Findings,
-) -> None:
-    named = {
-        f"{generation.prefix}{file.path}" for record in records.values() for file in record.files
-    }
-    for item in store.list(generation.data_prefix):
-        if item.key in named:
-            continue
-        attempt = attempt_of(item.key)
-        if attempt is None or attempt[0] >= findings.num_shards:
-            findings.fault(f"{item.key}: foreign object among the data")
-        else:
-            findings.orphans.append(item.key)
+        return list(zip(table["frame_id"].to_pylist(), table["status"].to_pylist(), strict=True))
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        raise _DamagedError(" ".join(str(error).split())) from error

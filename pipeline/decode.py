@@ -271,14 +271,8 @@ class _ShardLedger:
 
     def _item(self, entry: int) -> DecodeItem:
         part, slots = self._spec.slices[entry], self._left(entry)
-        wanted = [slot - self._starts[entry] for slot in slots]
-        part = replace(
-            part,
-            frame_index=tuple(part.frame_index[place] for place in wanted),
-            pts=tuple(part.pts[place] for place in wanted) if part.pts else (),
-            pts_s=(),
-        )
-        return DecodeItem(part=part, slots=tuple(slots))
+        wanted = part.take([slot - self._starts[entry] for slot in slots])
+        return DecodeItem(part=replace(wanted, pts_s=()), slots=tuple(slots))
 
 
 class _ProbeLedger:

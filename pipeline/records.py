@@ -8,7 +8,7 @@ Shape legend: T frames of a shard that decoded, h and w the model's input size i
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, cast
 
 import numpy as np
@@ -79,6 +79,15 @@ class Slice:
     longitude: float | None = None
     error_kind: ErrorKind | None = None
     error: str | None = None
+
+    def take(self, places: Sequence[int]) -> Self:
+        """The same with only the frames at these places."""
+        return replace(
+            self,
+            frame_index=tuple(self.frame_index[place] for place in places),
+            pts=tuple(self.pts[place] for place in places) if self.pts else (),
+            pts_s=tuple(self.pts_s[place] for place in places) if self.pts_s else (),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.plan import Plan, make_plan, open_output
+from jobs.plan import Plan, Planner, make_plan, open_output
 from jobs.record import JobRecord, claim_output
 from jobs.runner import make_record
 from jobs.spec import JobSpec, check_spec
@@ -93,7 +93,7 @@ def make_job(folder: Path, *, num_images: int = 10, frames: int = 2, bad: bool =
     )
     store = open_output(spec)
     record = claim_output(store, make_record(spec, untrained_weights(TINY)), single_driver=False)
-    plan = make_plan(store, Generation(), spec)
+    plan = make_plan(store, Generation(), Planner(spec))
     shards = [
         shard
         for part in plan.parts

@@ -13,7 +13,7 @@ import yaml
 from jobs import cli
 from jobs.datasets import open_any_dataset
 from jobs.job_dataset import JobDataset
-from jobs.plan import make_plan, open_output
+from jobs.plan import Planner, make_plan, open_output
 from jobs.record import claim_output
 from jobs.runner import make_record
 from jobs.spec import check_spec
@@ -80,7 +80,7 @@ def run_without_ray(folder, *, url=None, class_ids_size=None, weights=None):
     )
     store = open_output(spec)
     claim_output(store, make_record(spec, untrained_weights(TINY)), single_driver=False)
-    plan = make_plan(store, Generation(), spec)
+    plan = make_plan(store, Generation(), Planner(spec))
     context = StageContext(
         job_url=store.url,
         job_storage=spec.output.storage.options(),

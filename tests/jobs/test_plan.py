@@ -164,8 +164,8 @@ def test_the_first_plan_counts(archive, tmp_path):
     spec = job(archive, tmp_path)
     store = open_store(spec.output.url, create=True)
     assert read_plan(store, GENERATION) is None
-    first = make_plan(store, GENERATION, spec)
-    second = make_plan(store, GENERATION, job(archive, tmp_path, shard={"frames": 3}))
+    first = make_plan(store, GENERATION, Planner(spec))
+    second = make_plan(store, GENERATION, Planner(job(archive, tmp_path, shard={"frames": 3})))
     assert second == first == read_plan(store, GENERATION)
     parts = [item.key for item in store.list("gen-0000/plan/") if item.key.endswith(".parquet")]
     assert parts == [part.key for part in first.parts]

@@ -51,7 +51,7 @@ def test_an_unfinished_job_is_sound(tmp_path):
     found = findings(job)
     assert found.is_sound
     assert not found.is_complete
-    assert found.undecided == [2, 3, 4, 5]
+    assert found.undecided == {0: [2, 3, 4, 5]}
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])

@@ -1,0 +1,74 @@
+"""Do anew what `verify` found broken, in a generation of its own; nothing is deleted."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from jobs.cluster import check_cluster
+from jobs.generations import Frames, GenerationView, History, read_part
+from jobs.progress import say
+from jobs.replan import Replanner
+from jobs.runner import drive, reopen_job
+from jobs.spec import RaySection
+from jobs.verify import Findings, verify_job
+from pipeline.storage import StorageOptions, open_store
+
+
+def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = None) -> Findings:
+    """Verify a job, add a generation for the shards that are broken, and verify again.
+
+    The broken shards are not read any more, by anybody; what is of another making (a foreign
+    object, a plan that was changed) stays a fault, for a person to decide.
+
+    Args:
+        url: The job's URI.
+        storage: How to reach it.
+        ray: What to take of this machine or cluster instead of what the job says.
+
+    Returns:
+        What is found at the end.
+
+    Raises:
+        UserError: If there is no job, or no plan yet.
+        JobError: If a broken shard's plan cannot be read, or the run had to stop.
+    """
+    findings = verify_job(url, storage)
+    if not findings.broken:
+        say("No shard is broken.")
+        return findings
+    check_cluster()
+    job = reopen_job(url, storage, ray)
+    history = History.load(open_store(url, storage))
+    # An unfinished job goes on in the new generation: its drivers would stop at what is broken.
+    left = {(number, item) for number, ids in findings.undecided.items() for item in ids}
+    replaced = findings.broken | left
+    wanted = _frames_of(history, replaced)
+    say(f"Doing {len(replaced)} shards anew.")
+    drive(
+        replace(
+            job,
+            generation=history.next_generation,
+            planner=lambda: Replanner(job.spec, wanted, reason="repair", replaced=sorted(replaced)),
+        )
+    )
+    return verify_job(url, storage)
+
+
+def _frames_of(history: History, replaced: Collection[tuple[int, int]]) -> Frames:
+    """The frames of those shards, by asset; what a newer generation decided is that one's."""
+    found: dict[str, set[int]] = {}
+    for view in history.views:
+        ids = {shard_id for number, shard_id in replaced if number == view.generation.number}
+        for asset, index in _frames_in(view, ids):
+            if view.counts(asset, index):
+                found.setdefault(asset, set()).add(index)
+    return {asset: frozenset(indices) for asset, indices in found.items()}
+
+
+def _frames_in(view: GenerationView, shard_ids: Collection[int]) -> Iterator[tuple[str, int]]:
+    for part in view.plan.parts:
+        if any(part.first_shard <= item < part.first_shard + part.num_shards for item in shard_ids):
+            for shard in read_part(view.store, part):
+                if shard.shard_id in shard_ids:
+                    yield from (
+                        (piece.asset, i) for piece in shard.slices for i in piece.frame_index
+                    )

@@ -1,0 +1,300 @@
+"""Retries and repairs: a generation of their own, of exactly what was asked for."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import cli
+from jobs.generations import History, read_part, read_plans
+from jobs.job_dataset import JobDataset
+from jobs.runner import resume_job
+from jobs.status import job_status
+from jobs.verify import verify_job
+from pipeline.layout import Generation
+from pipeline.storage import StorageOptions, open_store
+from tests.jobs.job_parts import TINY
+from tests.jobs.local_graph import without_ray
+from tests.media import encode_image, picture, write_video
+
+SIZE = (96, 64)
+FIRST, SECOND, THIRD = Generation(0), Generation(1), Generation(2)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Six good stills, three bad files and a video, of which a frame is cut off."""
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    for index in range(6):
+        (folder / f"{index}.jpg").write_bytes(still(index))
+    (folder / "cut.jpg").write_bytes(still(7)[:-400])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.png").write_text("no picture" * 20)
+    write_video(folder / "drive.mp4", num_frames=10, size=SIZE, gop=5)
+    return folder
+
+
+def still(seed):
+    return encode_image(picture(*SIZE, seed), "JPEG")
+
+
+@pytest.fixture
+def call(tmp_path, capsys):
+    """The real command line, over a plain loop instead of Ray."""
+    weights = tmp_path / "weights.safetensors"
+    from segformer3d.weights import untrained_weights
+
+    weights.write_bytes(untrained_weights(TINY))
+    with without_ray():
+        yield lambda *arguments: said(capsys, cli.run([str(item) for item in arguments]))
+
+
+def said(capsys, code):
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, json.loads(captured.out) if captured.out.startswith(("{", "[")) else captured.err
+
+
+@pytest.fixture
+def job(call, archive, tmp_path):
+    """The finished job: three frames are quarantined, one of each kind."""
+    url = tmp_path / "job"
+    arguments = ["run", "--input", archive, "--output", url, "--json"]
+    arguments += ["--weights", tmp_path / "weights.safetensors"]
+    for setting in ("geometry.short_side_px=64", "shard.frames=4", "output.png=true"):
+        arguments += ["--set", setting]
+    code, result = call(*arguments)
+    assert (code, result["num_frames"], result["num_quarantined"]) == (3, 19, 3)
+    return open_store(str(url))
+
+
+def objects(store, generation=FIRST):
+    """Every object of a generation with its bytes."""
+    return {item.key: store.read(item.key) for item in store.list(generation.prefix)}
+
+
+def outcomes(store):
+    """Status of every frame by the rule that the newest row counts, from the bare Parquet."""
+    found = {}
+    for generation, _ in read_plans(store):
+        rows = pq.read_table(f"{store.url}/{generation.prefix}data").to_pylist()
+        for row in rows:
+            for key in [key for key in found if key[0] == row["asset"] and key[1] == -1]:
+                del found[key]
+            found[row["asset"], row["frame_index"]] = row["error_kind"]
+    return found
+
+
+def quarantined(store):
+    return {(asset, index): kind for asset, index, kind, _ in History.load(store).quarantined()}
+
+
+def check(store, num_frames, bad):
+    """What every reader says of the job."""
+    found = verify_job(store.url, StorageOptions())
+    assert found.is_complete, (found.faults, found.undecided)
+    assert found.orphans == []
+    status = job_status(store.url, StorageOptions())
+    assert status.num_frames == num_frames == status.num_ok + len(bad)
+    assert status.state == ("quarantined" if bad else "done")
+    assert quarantined(store) == bad
+    assert {key: kind for key, kind in outcomes(store).items() if kind} == bad
+    assert len(outcomes(store)) == num_frames
+    assert len(JobDataset(store.url)) == status.num_ok
+
+
+BAD = {("cut.jpg", 0): "truncated", ("empty.mp4", -1): "truncated", ("text.png", -1): "corrupt"}
+
+
+def test_a_retry_does_exactly_the_frames_of_a_kind(call, job, archive):
+    check(job, 19, BAD)
+    before = objects(job)
+    (archive / "text.png").write_bytes(encode_image(picture(*SIZE, 8), "PNG"))
+    (archive / "cut.jpg").write_bytes(still(7))
+    code, result = call("retry", job.url, "--only", "corrupt", "--json")
+    assert (code, result["outcome"], result["num_computed"]) == (3, "quarantined", 1)
+    assert objects(job) == before
+    (_, first), (_, second) = read_plans(job)
+    assert (first.reason, second.reason, second.only) == ("first", "retry", ("corrupt",))
+    assert second.num_frames == 1
+    check(job, 19, {key: kind for key, kind in BAD.items() if kind != "corrupt"})
+    assert job.exists("png/text.png_depth.png")
+    assert not job.exists("png/cut.jpg_depth.png")
+
+
+def test_what_could_not_be_opened_gives_all_its_frames(call, job, archive):
+    write_video(archive / "empty.mp4", num_frames=7, size=SIZE, gop=3)
+    (archive / "cut.jpg").write_bytes(still(7))
+    code, result = call("retry", job.url, "--json")
+    assert (code, result["num_frames"], result["num_quarantined"]) == (3, 25, 1)
+    check(job, 25, {("text.png", -1): "corrupt"})
+    (archive / "text.png").write_bytes(encode_image(picture(*SIZE, 8), "PNG"))
+    code, result = call("retry", job.url, "--json")
+    assert (code, result["num_frames"], result["num_quarantined"]) == (0, 25, 0)
+    check(job, 25, {})
+    assert [plan.num_frames for _, plan in read_plans(job)] == [19, 9, 1]
+
+
+def test_what_has_gone_keeps_its_frames_with_another_kind(call, job, archive):
+    for name in ("cut.jpg", "empty.mp4"):
+        (archive / name).unlink()
+    code, _ = call("retry", job.url, "--json")
+    assert code == 3
+    gone = {("cut.jpg", 0): "not_found", ("empty.mp4", -1): "not_found"}
+    check(job, 19, gone | {("text.png", -1): "corrupt"})
+
+
+def test_frames_that_a_video_promised_come_in_a_retry(call, tmp_path, archive, job):
+    whole = (archive / "drive.mp4").read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "drive.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (other / "0.jpg").write_bytes(still(0))
+    arguments = ["--input", other, "--output", tmp_path / "again", "--json"]
+    arguments += ["--weights", tmp_path / "weights.safetensors"]
+    code, _ = call("run", *arguments, "--set", "geometry.short_side_px=64")
+    store = open_store(str(tmp_path / "again"))
+    lost = quarantined(store)
+    assert code == 3
+    assert lost
+    (other / "drive.mp4").write_bytes(whole)
+    code, again = call("retry", store.url, "--json")
+    assert code == 0
+    assert again["num_frames"] == 11
+    check(store, 11, {})
+
+
+def unfinish(store):
+    """As if the first shard had never been decided."""
+    store.delete([FIRST.success_key, FIRST.commit_key(0)])
+    store.delete([item.key for item in store.list("manifest/")])
+
+
+def test_nothing_to_try_again_changes_nothing(call, job):
+    code, err = call("retry", job.url, "--only", "timeout")
+    assert code == 3
+    assert "no frame is quarantined with timeout" in err
+    assert len(read_plans(job)) == 1
+
+
+def test_a_user_s_mistakes(call, job):
+    code, err = call("retry", job.url, "--only", "sadness")
+    assert code == 2
+    assert "no such kind; there are fetch, not_found" in err
+    unfinish(job)
+    code, err = call("retry", job.url)
+    assert code == 2
+    assert "finish it first" in err
+
+
+def test_a_retry_that_was_stopped_is_resumed(call, job, archive, monkeypatch):
+    (archive / "cut.jpg").write_bytes(still(7))
+    (archive / "text.png").write_bytes(encode_image(picture(*SIZE, 8), "PNG"))
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("pipeline.graph.run_graph", fail)
+        assert call("retry", job.url)[0] == 130
+    assert len(read_plans(job)) == 2
+    status = job_status(job.url, StorageOptions())
+    assert (status.state, status.num_frames, status.num_quarantined) == ("interrupted", 19, 3)
+    assert call("retry", job.url)[0] == 2
+    assert resume_job(job.url, StorageOptions()).num_quarantined == 1
+    check(job, 19, {("empty.mp4", -1): "truncated"})
+
+
+def test_a_run_with_the_same_settings_goes_on_with_the_newest(call, job, archive, tmp_path):
+    (archive / "cut.jpg").write_bytes(still(7))
+    call("retry", job.url, "--only", "truncated")
+    arguments = ["run", "--input", archive, "--output", job.url, "--json"]
+    arguments += ["--weights", tmp_path / "weights.safetensors"]
+    for setting in ("geometry.short_side_px=64", "shard.frames=4", "output.png=true"):
+        arguments += ["--set", setting]
+    code, result = call(*arguments)
+    assert (code, result["num_computed"], result["num_quarantined"]) == (3, 0, 2)
+
+
+def damage_data(store):
+    key = next(item.key for item in store.list(FIRST.data_prefix))
+    data = bytearray(store.read(key))
+    data[len(data) // 2] ^= 1
+    store.put(key, bytes(data))
+
+
+def lose_data(store):
+    store.delete([next(item.key for item in store.list(FIRST.data_prefix))])
+
+
+def damage_record(store):
+    store.put(FIRST.commit_key(1), store.read(FIRST.commit_key(1))[:-9])
+
+
+def lie_in_record(store):
+    fields = json.loads(store.read(FIRST.commit_key(1)))
+    store.put(FIRST.commit_key(1), json.dumps({**fields, "num_ok": 1}).encode())
+
+
+def lose_record(store):
+    store.delete([FIRST.commit_key(2)])
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_data, lose_data, damage_record, lie_in_record, lose_record]
+)
+def test_a_repair_does_exactly_what_is_broken(call, job, damage):
+    kept = outcomes(job)
+    damage(job)
+    before = objects(job)
+    found = verify_job(job.url, StorageOptions())
+    assert len(found.broken) == 1
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["complete"], said["replaced"]) == (0, True, 1)
+    assert objects(job) == before
+    (_, first), (_, second) = read_plans(job)
+    assert (second.reason, set(second.replaced)) == ("repair", found.broken)
+    shards = {shard.shard_id: shard for part in first.parts for shard in read_part(job, part)}
+    ((_, broken),) = found.broken
+    assert second.num_frames == shards[broken].num_frames < first.num_frames
+    status = job_status(job.url, StorageOptions())
+    assert (status.num_frames, status.state) == (19, "quarantined")
+    assert quarantined(job) == {key: kind for key, kind in kept.items() if kind} == BAD
+    assert len(JobDataset(job.url)) == 16
+
+
+def test_a_repair_of_a_repaired_and_retried_job(call, job, archive):
+    (archive / "text.png").write_bytes(encode_image(picture(*SIZE, 8), "PNG"))
+    call("retry", job.url)
+    key = next(item.key for item in job.list(SECOND.data_prefix))
+    job.delete([key])
+    damage_data(job)
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["replaced"]) == (0, 2)
+    status = job_status(job.url, StorageOptions())
+    assert (status.num_frames, status.num_ok, status.num_generations) == (19, 17, 3)
+    lose_record(job)
+    job.delete([next(item.key for item in job.list(THIRD.data_prefix))])
+    code, _ = call("verify", job.url, "--repair", "--json")
+    assert code == 0
+    status = job_status(job.url, StorageOptions())
+    assert (status.num_frames, status.num_ok, status.num_generations) == (19, 17, 4)
+    assert len(JobDataset(job.url)) == 17
+
+
+def test_a_repair_of_an_unfinished_job_finishes_it(call, job):
+    damage_record(job)
+    unfinish(job)
+    code, _ = call("resume", job.url)
+    assert code == 1
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["complete"]) == (0, True)
+    assert job_status(job.url, StorageOptions()).num_frames == 19
+
+
+def test_nothing_broken_nothing_done(call, job):
+    before = {item.key for item in job.list("")}
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["sound"]) == (0, True)
+    assert {item.key for item in job.list("")} == before
