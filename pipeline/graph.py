@@ -6,6 +6,7 @@ a pool of actors holds the model; Ray Data's backpressure bounds what waits betw
 
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
+from pipeline.deaths import Journal
 from pipeline.errors import JobError
 from pipeline.records import ShardReceipt
 from pipeline.sinks.png import write_png_tree
@@ -24,6 +26,7 @@ from pipeline.stages import (
     PublishShard,
     StageContext,
     cached_store,
+    is_device_lost,
     mark_png_done,
 )
 
@@ -34,7 +37,10 @@ _IO_TASK_CPUS = 1 / 32
 # A CPU actor asks for less than the core it keeps busy, so that decode and publish always have
 # room: actors that take every core would starve their own feed.
 _CPU_ACTOR_CPUS = 0.75
-_MAX_SHARD_RETRIES = 3
+# Each guilty frame takes two, and a shard that waits for its turn loses one to each death before
+# it. Who needs them all dies without having noted at what.
+_MAX_SHARD_RETRIES = 100
+_EXIT_DEVICE_LOST = 70
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +218,7 @@ def run_png_graph(
 
 
 def _retry_rules() -> dict[str, int]:
-    """By default a shard that kills its actor is tried for ever; an actor restarts as ever."""
+    """Bound what Ray would try for ever; `pipeline.deaths` ends it long before."""
     return {"max_task_retries": _MAX_SHARD_RETRIES}
 
 
@@ -227,7 +233,17 @@ class _AnnotateActor(AnnotateShard):
         if hashlib.sha256(data).hexdigest() != weights.sha256:
             message = f"{weights.key}: not the weights that the job was made with"
             raise JobError(message)
-        super().__init__(context, data)
+        super().__init__(context, data, Journal(context.store(), context.layout, context.lease))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        try:
+            return super().__call__(table)
+        except Exception as error:
+            if is_device_lost(error):
+                # Ray puts another process in its place, and the shard is tried again there.
+                sys.stderr.write(f"the device is lost: {error}\n")
+                os._exit(_EXIT_DEVICE_LOST)
+            raise
 
 
 class _ReadPlan:

@@ -28,6 +28,7 @@ OWN_PREFIXES = (
 
 _MAX_NAME_BYTES = 220
 _SHARD = re.compile(r"/shard-(\d{8,})(?:\.json)?$")
+_DEATH = re.compile(r"/shard-(\d{8,})/(?:shard|frame-(\d{6,}))-[0-9a-f]{32}\.json$")
 _DATA = re.compile(r"/shard-(\d{8})-([0-9a-f]{32})\.parquet$")
 
 
@@ -70,6 +71,16 @@ class Generation:
     def png_done_prefix(self) -> str:
         """Folder of the markers of shards whose PNGs are written."""
         return f"{self.prefix}png-done/"
+
+    @property
+    def attempts_prefix(self) -> str:
+        """Folder of the attempts at which the model's process died."""
+        return f"{self.prefix}attempts/"
+
+    def death_key(self, shard_id: int, place: int | None, attempt: str) -> str:
+        """Key of one such death: at the frame at a place of the shard, or at none that is known."""
+        at = "shard" if place is None else f"frame-{place:06d}"
+        return f"{self.attempts_prefix}shard-{shard_id:08d}/{at}-{attempt}.json"
 
     def plan_part_key(self, planner: str, part: int) -> str:
         """Key of one part of a plan; ``planner`` is unique to one planning process."""
@@ -118,6 +129,14 @@ def attempt_of(key: str) -> tuple[int, str] | None:
     """``(shard_id, attempt)`` in the name of a data object; None for any other key."""
     match = _DATA.search(key)
     return (int(match.group(1)), match.group(2)) if match else None
+
+
+def death_of(key: str) -> tuple[int, int | None] | None:
+    """Shard and place in the name of a death; None for any other key."""
+    match = _DEATH.search(key)
+    if match is None:
+        return None
+    return int(match[1]), None if match[2] is None else int(match[2])
 
 
 def png_stem(asset: str, frame_index: int, *, is_video: bool) -> str:

@@ -6,7 +6,7 @@ somebody else has committed meanwhile, or that a draining job leaves for later.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.commit import commit_attempt
+from pipeline.deaths import Deaths, Journal, spare
 from pipeline.decode import DecodeLimits, decode_shard
 from pipeline.errors import ErrorKind
 from pipeline.layout import Generation, cancel_key
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 # How long a stage trusts its last look at the cancel marker.
 _DRAIN_CHECK_S = 1.0
+# What libraries below torch report of a failed device is no AcceleratorError.
+_DEVICE_FAULTS = ("CUDA error", "cuDNN error", "CUDA driver error")
 _EXACT_IN_FLOAT32 = 2**24  # OpenCV counts in float32, ten times as fast as NumPy
 
 
@@ -121,14 +124,17 @@ class AnnotateShard:
     Args:
         context: The run.
         weights: Bytes of a safetensors file of this project.
+        journal: Where to note what is being done, for whoever comes after this process's death.
     """
 
-    def __init__(self, context: StageContext, weights: bytes) -> None:
+    def __init__(
+        self, context: StageContext, weights: bytes, journal: Journal | None = None
+    ) -> None:
         # Imported here: decode and publish workers share this module and must not import torch.
         from segformer3d.predictor import Predictor
         from segformer3d.weights import model_from_bytes
 
-        self.context = context
+        self.context, self.journal = context, journal
         model, info = model_from_bytes(weights)
         self.config, self.codec = info.config, info.depth_codec
         self.predictor: Predictor = Predictor(
@@ -145,15 +151,41 @@ class AnnotateShard:
         """Run the model over a shard's good frames.
 
         A frame whose output is not finite becomes an error of kind ``non_finite``, one that the
-        model has no memory for, even alone, of kind ``out_of_memory``.
+        model has no memory for, even alone, of kind ``out_of_memory``, one at which processes keep
+        dying, of kind ``crash``.
+
+        Raises:
+            torch.AcceleratorError: If the device is lost to this process, which has to end then:
+                what was noted stays, so the shard counts as having killed it.
         """
+        deaths = self.journal.deaths(shard.shard_id) if self.journal else Deaths()
+        shard = spare(shard, deaths)
+        self._note(shard.shard_id)
+        try:
+            annotated = self._annotated(shard, one_by_one=bool(deaths))
+        except Exception as error:
+            if not is_device_lost(error):
+                self._rest()
+            raise
+        self._rest()
+        return annotated
+
+    def _note(self, shard_id: int, place: int | None = None) -> None:
+        if self.journal is not None:
+            self.journal.note(shard_id, place)
+
+    def _rest(self) -> None:
+        if self.journal is not None:
+            self.journal.rest()
+
+    def _annotated(self, shard: DecodedShard, *, one_by_one: bool) -> AnnotatedShard:
         started = time.perf_counter()
         frames = list(shard.frames)
         good = [index for index, frame in enumerate(frames) if frame.error_kind is None]
         class_ids: list[UInt8Array] = []
         depth: list[UInt16Array] = []
         statistics: list[FrameStatistics] = []
-        for rows, said in self._predictions(shard, [frames[index] for index in good]):
+        for rows, said in self._predictions(shard, good, one_by_one=one_by_one):
             for place, row in enumerate(rows):
                 if said is None or not said.finite[place]:
                     kind, message = _NO_MEMORY if said is None else _NON_FINITE
@@ -175,17 +207,24 @@ class AnnotateShard:
         )
 
     def _predictions(
-        self, shard: DecodedShard, frames: list[FrameRecord]
+        self, shard: DecodedShard, good: Sequence[int], *, one_by_one: bool
     ) -> Iterator[tuple[range, "Predictions | None"]]:
-        """Runs of rows that share an output size, with what the model says of them, in order."""
+        """Runs of rows that share an output size, with what the model says of them, in order.
+
+        ``good`` are their places in the shard; frames that go one by one are noted before.
+        """
+        sizes = [self._class_ids_size(shard.frames[place]) for place in good]
         start = 0
-        while start < len(frames):
-            size = self._class_ids_size(frames[start])
+        while start < len(good):
             stop = start + 1
-            while stop < len(frames) and self._class_ids_size(frames[stop]) == size:
-                stop += 1
-            yield from self._predicted(shard.pixels, range(start, stop), size)
+            if one_by_one:
+                self._note(shard.shard_id, good[start])
+            else:
+                while stop < len(good) and sizes[stop] == sizes[start]:
+                    stop += 1
+            yield from self._predicted(shard.pixels, range(start, stop), sizes[start])
             start = stop
+        self._note(shard.shard_id)
 
     def _predicted(
         self, pixels: UInt8Array, rows: range, size: tuple[int, int] | None
@@ -208,6 +247,15 @@ class AnnotateShard:
         if not self.context.class_ids_at_asset_size:
             return None
         return frame.height, frame.width
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether a GPU has failed so that this process can never use it again."""
+    from torch import AcceleratorError
+
+    if isinstance(error, AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith(_DEVICE_FAULTS)
 
 
 class PublishShard:

@@ -1,0 +1,197 @@
+"""Which frames have killed the process that holds the model, counted so that no restart forgets it.
+
+A process notes on its machine's own disk what it is about to do, under a lock that ends with it.
+Whoever starts there next finds notes without a lock: their writers died at what these say. Each
+such death becomes an object of the job, ``attempts/shard-.../...``. A machine or a driver that goes
+as a whole takes its notes along, or leaves them under another lease, and accuses nobody.
+
+A shard with a death is done frame by frame from then on, each frame noted before. A frame at which
+two more processes die is quarantined: three attempts. So is a shard at which three died that were
+at no frame.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import stat
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import ErrorKind
+from pipeline.layout import Generation, death_of
+from pipeline.records import DecodedShard, canonical_json
+from pipeline.storage import Store
+
+MAX_FRAME_DEATHS = 2
+MAX_SHARD_DEATHS = 3
+
+_KIND: ErrorKind = "crash"
+_NOTE_BYTES = 64
+# How long a look at the deaths of others is trusted; one's own are known from the start.
+_TRUSTED_S = 5.0
+
+
+@dataclass(frozen=True)
+class Deaths:
+    """How often a shard has killed its process.
+
+    Attributes:
+        at_frame: By the frame's place in the shard, while that was known.
+        at_none: While it was not.
+    """
+
+    at_frame: tuple[tuple[int, int], ...] = ()
+    at_none: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.at_frame or self.at_none)
+
+    def guilty(self, num_frames: int) -> frozenset[int]:
+        """Places of the frames that are not tried again."""
+        if self.at_none >= MAX_SHARD_DEATHS:
+            return frozenset(range(num_frames))
+        return frozenset(place for place, count in self.at_frame if count >= MAX_FRAME_DEATHS)
+
+
+class Journal:
+    """One process's note of what it is doing.
+
+    Args:
+        store: The job's store.
+        generation: The generation that is being made.
+        lease: The driver's lease.
+
+    Raises:
+        StorageError: If the deaths of earlier processes cannot be noted or listed.
+    """
+
+    def __init__(self, store: Store, generation: Generation, lease: int) -> None:
+        self._store, self._generation = store, generation
+        job = hashlib.sha256(f"{store.url} {generation.number}".encode()).hexdigest()[:20]
+        folder = _private_folder()
+        self._report(folder, job, lease)
+        self._deaths = self._list()
+        self._listed_s = time.monotonic()
+        self._file = _locked_file(folder / f"{job}-{lease}-{uuid.uuid4().hex}")
+
+    def note(self, shard_id: int, place: int | None = None) -> None:
+        """Say what comes next: a shard as a whole, or the frame at one place of it."""
+        data = json.dumps([shard_id, place]).encode()
+        os.pwrite(self._file, data.ljust(_NOTE_BYTES), 0)
+
+    def rest(self) -> None:
+        """Say that nothing is being done."""
+        os.ftruncate(self._file, 0)
+
+    def deaths(self, shard_id: int) -> Deaths:
+        """Every death at a shard, whoever died.
+
+        Raises:
+            StorageError: If they cannot be listed.
+        """
+        if time.monotonic() - self._listed_s > _TRUSTED_S:
+            self._deaths, self._listed_s = self._list(), time.monotonic()
+        return self._deaths.get(shard_id, Deaths())
+
+    def _list(self) -> dict[int, Deaths]:
+        places: dict[int, Counter[int | None]] = {}
+        for item in self._store.list(self._generation.attempts_prefix):
+            death = death_of(item.key)
+            if death is not None:
+                places.setdefault(death[0], Counter())[death[1]] += 1
+        return {
+            shard_id: Deaths(
+                at_frame=tuple((place, n) for place, n in counts.items() if place is not None),
+                at_none=counts[None],
+            )
+            for shard_id, counts in places.items()
+        }
+
+    def _report(self, folder: Path, job: str, lease: int) -> None:
+        """Turn the notes of processes that died here under this lease into objects of the job."""
+        for path in sorted(folder.glob(f"{job}-*")):
+            with _orphan(path) as said:
+                if said is None:
+                    continue
+                note, name = _parse(said), path.name
+                if note is not None and name.startswith(f"{job}-{lease}-"):
+                    shard_id, place = note
+                    # The note's own name: two who find it write one object.
+                    attempt = name.rpartition("-")[2]
+                    about = {"host": socket.gethostname(), "lease": lease, "place": place}
+                    key = self._generation.death_key(shard_id, place, attempt)
+                    self._store.put(key, canonical_json(about))
+                path.unlink(missing_ok=True)
+
+
+def spare(shard: DecodedShard, deaths: Deaths) -> DecodedShard:
+    """The shard with the frames that have killed too many processes typed as ``crash``."""
+    guilty = deaths.guilty(len(shard.frames))
+    if not guilty:
+        return shard
+    message = "the model's process died of it at every attempt"
+    frames, kept = list(shard.frames), []
+    good = [place for place, frame in enumerate(frames) if frame.error_kind is None]
+    for row, place in enumerate(good):
+        if place in guilty:
+            frames[place] = replace(frames[place], error_kind=_KIND, error=message)
+        else:
+            kept.append(row)
+    return replace(shard, frames=tuple(frames), pixels=shard.pixels[np.array(kept, np.intp)])
+
+
+def _private_folder() -> Path:
+    """A folder that only this user writes to; a fresh one if somebody else was there first."""
+    folder = Path(tempfile.gettempdir(), f"segformer3d-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if is_ours and not status.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="segformer3d-"))
+
+
+def _locked_file(path: Path) -> int:
+    """A new file, locked before anybody can find it by its name."""
+    hidden = path.with_name(f".{path.name}")
+    file = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    hidden.rename(path)
+    return file
+
+
+@contextmanager
+def _orphan(path: Path) -> Iterator[bytes | None]:
+    """What a dead process noted, under its lock; None if the process lives or the note is gone."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield None
+    else:
+        yield os.pread(file, _NOTE_BYTES, 0)
+    finally:
+        os.close(file)
+
+
+def _parse(said: bytes) -> tuple[int, int | None] | None:
+    """Shard and place; None if the process was at rest, or died while it wrote."""
+    try:
+        shard_id, place = json.loads(said)
+    except ValueError:
+        return None
+    return int(shard_id), None if place is None else int(place)

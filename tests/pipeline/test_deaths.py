@@ -1,0 +1,228 @@
+"""What kills the model's process is found out by those who come after, and by nobody else."""
+
+import os
+import signal
+import tempfile
+
+import numpy as np
+import pytest
+
+from pipeline.deaths import Deaths, Journal, spare
+from pipeline.decode import DecodeLimits
+from pipeline.layout import Generation, death_of
+from pipeline.records import DecodedShard, FrameRecord
+from pipeline.stages import AnnotateShard, StageContext
+from pipeline.storage import StorageOptions, open_store
+from segformer3d.weights import untrained_weights
+from tests.jobs.job_parts import TINY
+
+LAYOUT = Generation()
+SIZE = (64, 96)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path / "job"), create=True)
+
+
+def in_a_process(task):
+    """Do it in a process of its own; how that ended."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            task()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_at(store, lease, shard_id, place):
+    def task():
+        Journal(store, LAYOUT, lease).note(shard_id, place)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_process(task) == -signal.SIGKILL
+
+
+def test_a_death_is_found_by_who_comes_next(store):
+    die_at(store, 1, 5, None)
+    assert Journal(store, LAYOUT, 1).deaths(5) == Deaths(at_none=1)
+    die_at(store, 1, 5, 3)
+    die_at(store, 1, 5, 3)
+    journal = Journal(store, LAYOUT, 1)
+    assert journal.deaths(5) == Deaths(at_frame=((3, 2),), at_none=1)
+    assert not journal.deaths(4)
+    keys = [item.key for item in store.list(LAYOUT.attempts_prefix)]
+    assert sorted(map(death_of, keys), key=str) == [(5, 3), (5, 3), (5, None)]
+
+
+def test_the_count_outlives_the_driver(store):
+    die_at(store, 1, 5, 3)
+    Journal(store, LAYOUT, 1)
+    assert Journal(store, LAYOUT, 2).deaths(5) == Deaths(at_frame=((3, 1),))
+
+
+def test_who_went_with_its_driver_accuses_nobody(store):
+    die_at(store, 1, 5, 3)
+    assert not Journal(store, LAYOUT, 2).deaths(5)
+    # Nor later on.
+    assert not Journal(store, LAYOUT, 1).deaths(5)
+
+
+def test_who_lives_or_was_at_rest_accuses_nobody(store, tmp_path):
+    alive = Journal(store, LAYOUT, 1)
+    alive.note(5)
+
+    def task():
+        journal = Journal(store, LAYOUT, 1)
+        journal.note(6)
+        journal.rest()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_process(task) == -signal.SIGKILL
+    seen = Journal(store, LAYOUT, 1)
+    assert not seen.deaths(5)
+    assert not seen.deaths(6)
+    notes = list((tmp_path / f"segformer3d-{os.getuid()}").iterdir())
+    assert len(notes) == 2
+
+
+def test_another_job_is_none_of_our_business(store, tmp_path):
+    die_at(store, 1, 5, 3)
+    other = open_store(str(tmp_path / "other"), create=True)
+    assert not Journal(other, LAYOUT, 1).deaths(5)
+    assert Journal(store, LAYOUT, 1).deaths(5)
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(store, tmp_path):
+    folder = tmp_path / f"segformer3d-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    Journal(store, LAYOUT, 1)
+    assert list(folder.iterdir()) == []
+
+
+def shard_of(values, bad=()):
+    """A frame of one grey value each, but for those that were not decoded."""
+    frames = tuple(
+        FrameRecord(
+            asset=f"{place}.jpg",
+            frame_index=0,
+            pts_s=None,
+            width=SIZE[1],
+            height=SIZE[0],
+            error_kind="corrupt" if place in bad else None,
+            error="bad" if place in bad else None,
+        )
+        for place in range(len(values))
+    )
+    good = [value for place, value in enumerate(values) if place not in bad]
+    pixels = np.repeat(np.array(good, np.uint8), SIZE[0] * SIZE[1] * 3).reshape(-1, *SIZE, 3)
+    return DecodedShard(shard_id=7, frames=frames, pixels=pixels)
+
+
+def test_only_the_guilty_are_spared_and_the_rest_keep_their_pixels():
+    shard = shard_of([10, 20, 30, 40, 50], bad=(1,))
+    assert spare(shard, Deaths(at_frame=((2, 1),), at_none=2)) is shard
+    spared = spare(shard, Deaths(at_frame=((2, 2), (3, 1)), at_none=1))
+    assert [frame.error_kind for frame in spared.frames] == [None, "corrupt", "crash", None, None]
+    assert spared.pixels[:, 0, 0, 0].tolist() == [10, 40, 50]
+    none_left = spare(shard, Deaths(at_none=3))
+    kinds = ["crash", "corrupt", "crash", "crash", "crash"]
+    assert [frame.error_kind for frame in none_left.frames] == kinds
+    assert none_left.pixels.shape == (0, *SIZE, 3)
+
+
+FATAL = 255
+
+
+def stage(store, lease=1):
+    """The real stage with the real journal; some frames are the death of its process."""
+    context = StageContext(
+        job_url=store.url,
+        job_storage=StorageOptions(),
+        archive_storage=StorageOptions(),
+        generation=0,
+        plan_id="plan",
+        lease=lease,
+        metadata={},
+        limits=DecodeLimits(),
+    )
+    journal = Journal(store, LAYOUT, lease)
+    return AnnotateShard(context, untrained_weights(TINY), journal)
+
+
+def deadly(made):
+    predict = made.predictor.predict
+
+    def die_or_predict(frames, **options):
+        if (frames[:, 0, 0, 0] == FATAL).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return predict(frames, **options)
+
+    made.predictor.predict = die_or_predict
+    return made
+
+
+def deaths_until_done(store, shard, most=20):
+    for number in range(most):
+        if in_a_process(lambda: deadly(stage(store)).annotate(shard)) == 0:
+            return number
+    pytest.fail("it never ends")
+
+
+@pytest.mark.parametrize("values", [[9, FATAL, 30, 40], [FATAL], [1, 2, FATAL, 4, 5, FATAL]])
+def test_three_attempts_and_the_frame_alone_is_quarantined(store, values):
+    shard = shard_of(values)
+    fatal = [place for place, value in enumerate(values) if value == FATAL]
+    # One as a whole, then two for each that is guilty.
+    assert deaths_until_done(store, shard) == 1 + 2 * len(fatal)
+    annotated = deadly(stage(store)).annotate(shard)
+    kinds = [frame.error_kind for frame in annotated.frames]
+    assert kinds == ["crash" if value == FATAL else None for value in values]
+    innocent = shard_of([value for value in values if value != FATAL])
+    expected = AnnotateShard(stage(store).context, untrained_weights(TINY)).annotate(innocent)
+    assert len(annotated.class_ids) == len(expected.class_ids)
+    for mine, theirs in zip(annotated.class_ids, expected.class_ids, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert annotated.statistics == expected.statistics
+    # A resume needs no further death.
+    resumed = deadly(stage(store, lease=2)).annotate(shard)
+    assert [frame.error_kind for frame in resumed.frames] == kinds
+    print(f"PROOF guilty frame: {len(fatal)} of {len(values)}, deaths {1 + 2 * len(fatal)}")
+
+
+def test_an_ordinary_exception_is_no_death(store):
+    made = stage(store)
+    made.predictor.predict = None
+    with pytest.raises(TypeError):
+        made.annotate(shard_of([1]))
+    os.close(made.journal._file)
+    assert not Journal(store, LAYOUT, 1).deaths(7)
+
+
+def test_a_lost_device_is_one(store):
+    import torch
+
+    made = stage(store)
+
+    def lose(*_, **__):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    made.predictor.predict = lose
+    with pytest.raises(torch.AcceleratorError):
+        made.annotate(shard_of([1]))
+    os.close(made.journal._file)
+    assert Journal(store, LAYOUT, 1).deaths(7) == Deaths(at_none=1)
+
+
+def test_a_shard_stays_as_it_is_without_deaths(store):
+    shard = shard_of([1, 2])
+    assert [frame.error_kind for frame in stage(store).annotate(shard).frames] == [None, None]
