@@ -15,6 +15,20 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print every line that a test has printed as a proof: the figures of docs/reliability.md."""
+    reports = (
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, ())
+    )
+    lines = {line for report in reports for line in report.capstdout.splitlines()}
+    proofs = sorted(line.removeprefix("PROOF ") for line in lines if line.startswith("PROOF "))
+    if proofs:
+        terminalreporter.section("proofs")
+        terminalreporter.write_line("\n".join(proofs))
+
+
 @pytest.fixture(scope="session")
 def project_root() -> Path:
     """The repository's folder."""
