@@ -217,16 +217,24 @@ def _embed(settings: RaySection) -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", _IDLE_WORKER_MS)
     _make_token()
     # Loopback only: nobody else's business.
-    with _quietly(), _literal_loopback():
-        ray.init(
-            address="local",
-            num_cpus=settings.num_cpus,
-            include_dashboard=False,
-            object_store_memory=settings.object_store_bytes or _OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            _node_ip_address="127.0.0.1",
+    try:
+        with _quietly(), _literal_loopback():
+            ray.init(
+                address="local",
+                num_cpus=settings.num_cpus,
+                include_dashboard=False,
+                object_store_memory=settings.object_store_bytes or _OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                _node_ip_address="127.0.0.1",
+            )
+    except Exception as error:
+        # Ray raises bare exceptions where a daemon is late, as on a machine that is overloaded.
+        message = (
+            f"the embedded Ray did not start: {_first_line(error)} "
+            "Nothing is lost; try again, or give it more of the machine"
         )
+        raise JobError(message) from error
     threading.Thread(target=_watch_daemons, name="ray-watch", daemon=True).start()
 
 
