@@ -111,6 +111,9 @@ def probe_video(
     num_missing, missing_kind, missing_error = _missing(
         file, timeline, limits, progress, promised, container_s
     )
+    if not timeline.ticks and not num_missing:
+        # Without a frame to plan, the file would have no outcome at all.
+        raise InputError("corrupt", "the container's edit list leaves every frame out")
     size, orientation = _first_frame(file, limits, progress)
     width, height = orientation.size(*(size or coded))
     return AssetProbe(

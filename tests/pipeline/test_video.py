@@ -199,6 +199,14 @@ def test_edit_lists_leave_frames_out_on_purpose(tmp_path):
     assert all(np.array_equal(frames[index], expected[index]) for index in range(25))
 
 
+def test_an_edit_list_that_leaves_every_frame_out_is_corrupt(tmp_path):
+    path = tmp_path / "trimmed.mp4"
+    trim(write_video(tmp_path / "whole.mp4"), path, first_tick=1 << 30)
+    with pytest.raises(InputError, match="leaves every frame out") as caught:
+        probe(path)
+    assert caught.value.kind == "corrupt"
+
+
 def trim(source, target, first_tick):
     """Move the start of the only edit list entry forward by media ticks."""
     data = bytearray(source.read_bytes())
