@@ -44,6 +44,10 @@ _START_DEADLINE_S = 120.0
 _EXIT_S = 5.0
 _MAX_ATTEMPTS: dict[ErrorKind, int] = {"crash": 3, "timeout": 2}
 _MAX_IDLE_DEATHS = 3
+_MAX_MESSAGE_CHARS = 500
+_INT64 = 1 << 63
+# Microseconds at the end of the year 9999, beyond which readers of Parquet know no date.
+_LAST_INSTANT_US = 253_402_300_799_999_999
 
 
 def decode_shard(
@@ -240,7 +244,7 @@ class _ShardLedger:
         if name == "frame":
             self._outcomes[slot] = ()
         elif name == "error":
-            self._outcomes[slot] = _error_kind(event[2]), str(event[3])
+            self._outcomes[slot] = _error_kind(event[2]), _one_line(event[3])
 
     def fail(self, entry: int, death: _Death) -> None:
         """Give up what is left of a slice."""
@@ -306,7 +310,7 @@ class _ProbeLedger:
         """Note what the child says of one asset."""
         name, entry = event[0], self._sent[int(event[1])]
         if name == "error":
-            self._set_error(entry, _error_kind(event[2]), str(event[3]))
+            self._set_error(entry, _error_kind(event[2]), _one_line(event[3]))
         elif name == "probe":
             fields = event[2] | {
                 "pts": tuple(event[2]["pts"]),
@@ -314,7 +318,9 @@ class _ProbeLedger:
                 "time_base": Fraction(event[2]["time_base"]),
                 "capture": Capture(**event[2]["capture"]),
             }
-            self._probes[entry] = AssetProbe(asset=self._assets[entry], **fields)
+            probe = AssetProbe(asset=self._assets[entry], **fields)
+            _check_sense(probe)
+            self._probes[entry] = probe
 
     def fail(self, entry: int, death: _Death) -> None:
         """Give up an asset."""
@@ -444,6 +450,8 @@ def _records(part: Slice) -> Iterator[FrameRecord]:
         captured_at_us = part.captured_at_us
         if captured_at_us is not None and pts_s is not None:
             captured_at_us += round(pts_s * 1e6)
+            if not 0 <= captured_at_us <= _LAST_INSTANT_US:
+                captured_at_us = None
         yield FrameRecord(
             asset=part.asset,
             frame_index=frame_index,
@@ -461,6 +469,29 @@ def _error_kind(value: object) -> ErrorKind:
         if kind == value:
             return kind
     raise ValueError(f"not an error kind: {value!r}")
+
+
+def _one_line(message: object) -> str:
+    """What a child says of an error, fit for a column and a terminal whatever it holds."""
+    text = " ".join(str(message).split()).encode(errors="replace").decode()
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return text[:_MAX_MESSAGE_CHARS] or "no reason was given"
+
+
+def _check_sense(probe: AssetProbe) -> None:
+    """See that a child that has read hostile bytes says what a plan can hold.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    counts = probe.width, probe.height, probe.num_missing
+    ticks = *probe.pts, *probe.keyframe_pts
+    if set(map(type, (*counts, *ticks))) != {int} or probe.time_base <= 0:
+        message = "not a probe"
+        raise ValueError(message)
+    if min(counts) < 0 or max(map(abs, (*counts, *ticks))) >= _INT64:
+        message = "a probe with impossible numbers"
+        raise ValueError(message)
 
 
 def _signal_name(number: int) -> str:

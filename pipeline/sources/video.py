@@ -48,6 +48,11 @@ _FIRST_FRAME_PACKETS = 600
 # A container that claims to go on for this much longer than its packets do has been cut.
 _CUT_S = 1.0
 _MAX_BOXES = 10_000
+# Two days at 30 frames a second.
+_MAX_FRAMES = 5_000_000
+# A container's packets are parts of its file, but its index may name one part again and again.
+_MAX_PACKET_BYTES_PER_FILE_BYTE = 16
+_SMALL_FILE_BYTES = 1 << 20
 _DAMAGED = "the frame's data, or a frame that it refers to, is damaged"
 
 
@@ -99,7 +104,7 @@ def probe_video(
         InputError: If it cannot be opened or holds no frame at all.
     """
     with _open(file, limits) as (container, stream):
-        timeline = _demux(container, stream, progress)
+        timeline = _demux(container, stream, progress, _Meter(file))
         time_base = cast("Fraction", stream.time_base)
         promised = _promised_frames(container, stream)
         container_s = (container.duration or 0) / av.time_base
@@ -166,7 +171,7 @@ def read_frames(
     while True:
         with _open(file, limits) as (container, stream):
             target = _seek_target(stream, seek_pts, attempt)
-            run = _Pass(container, stream, size, progress)
+            run = _Pass(container, stream, size, progress, _Meter(file))
             yield from run.frames(todo, target)
         if not todo or target is None or (attempt and run.is_damaged):
             break
@@ -187,6 +192,7 @@ class _Pass:
         stream: VideoStream,
         size: tuple[int, int],
         progress: Progress,
+        meter: "_Meter",
     ) -> None:
         self.is_late = False
         self.failure: str | None = None
@@ -195,6 +201,7 @@ class _Pass:
         self._stream = stream
         self._size = size
         self._progress = progress
+        self._meter = meter
         self._clock = _Clock(container, stream)
         self._reformatter = VideoReformatter()
         self._first_keyframe: int | None = None
@@ -247,6 +254,7 @@ class _Pass:
         try:
             for packet in self._container.demux(self._stream):
                 self._progress()
+                self._meter.take(packet.size)
                 tick = self._clock.tick_of(packet) if packet.size else None
                 if self._first_keyframe is None and packet.size:
                     if tick is None or not packet.is_keyframe:
@@ -348,6 +356,30 @@ class _Clock:
             heapify(self._unassigned)
 
 
+class _Meter:
+    """Counts what is demuxed of a file, which must not be many times the file.
+
+    Args:
+        file: The video.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        place = file.tell()
+        size_bytes = max(_SMALL_FILE_BYTES, file.seek(0, SEEK_END))
+        file.seek(place)
+        self._left_bytes = size_bytes * _MAX_PACKET_BYTES_PER_FILE_BYTE
+
+    def take(self, packet_bytes: int) -> None:
+        """Note one packet.
+
+        Raises:
+            InputError: If there is too much of them.
+        """
+        self._left_bytes -= packet_bytes
+        if self._left_bytes < 0:
+            raise InputError("corrupt", "the container's index names the same data many times")
+
+
 class _Reader:
     """The file as FFmpeg sees it: a seek to nowhere, as damaged indexes ask for, just fails."""
 
@@ -436,11 +468,14 @@ def _boxes(file: BinaryIO) -> list[bytes] | None:
     return names or None
 
 
-def _demux(container: InputContainer, stream: VideoStream, progress: Progress) -> _Timeline:
+def _demux(
+    container: InputContainer, stream: VideoStream, progress: Progress, meter: _Meter
+) -> _Timeline:
     timeline, clock = _Timeline(), _Clock(container, stream)
     try:
         for packet in container.demux():
             progress()
+            meter.take(packet.size)
             if not packet.size:
                 continue
             timeline.end_s = max(timeline.end_s, _end_s(packet))
@@ -450,6 +485,8 @@ def _demux(container: InputContainer, stream: VideoStream, progress: Progress) -
             if tick is None:
                 continue
             timeline.ticks.append(tick)
+            if len(timeline.ticks) > _MAX_FRAMES:
+                raise InputError("too_large", f"the video has more than {_MAX_FRAMES} frames")
             if packet.is_keyframe:
                 timeline.keyframes.append(tick)
     except MemoryError:
@@ -502,8 +539,10 @@ def _count_packets(file: BinaryIO, limits: DecodeLimits, progress: Progress) -> 
     count = 0
     with _open(file, limits, ignore_editlist="1") as (container, stream):
         try:
+            meter = _Meter(file)
             for packet in container.demux(stream):
                 progress()
+                meter.take(packet.size)
                 count += packet.size > 0
         except av.FFmpegError:
             return count
