@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 
 from jobs.cluster import check_cluster, connect
+from jobs.digests import fixed_digests
 from jobs.generations import History, Quarantined, read_plans
 from jobs.lease import DriverState, Pulse, heartbeats, is_cancelled, mark_cancelled, take_lease
 from jobs.manifest import Manifest
@@ -499,6 +500,7 @@ def write_success(
         "num_rows": sum(record.num_rows for record in records),
         "num_ok": sum(record.num_ok for record in records),
         "quarantined": count_kinds(item for record in records for item in record.quarantined),
+        "sha256": fixed_digests(store, generation, plan),
     }
     create_once(store, generation.success_key, canonical_json(summary))
 

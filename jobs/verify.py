@@ -1,5 +1,6 @@
 """Check a job against itself: plan, commit records, data objects, rows."""
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.generations import hidden_shards, read_part, read_plans
+from jobs.integrity import check_generation, check_job, check_rows
 from jobs.manifest import Manifest
 from jobs.plan import Plan, PlanDigest
 from jobs.progress import Progress
-from jobs.record import read_job
+from jobs.record import JobRecord, read_job
 from pipeline.commit import parse_commit
 from pipeline.errors import JobError, ObjectNotFoundError, StorageError, UserError
 from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
@@ -96,7 +98,7 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
         UserError: If there is no job, or no plan yet.
     """
     store = open_store(url, storage)
-    read_job(store)
+    job = read_job(store)
     plans = read_plans(store)
     if not plans:
         message = f"{store.url}: nothing to verify, the job is not planned yet"
@@ -106,7 +108,8 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
     with Progress("verifying", sum(plan.num_frames for _, plan in plans)) as progress:
         for generation, plan in plans:
             checked = hidden[generation.number]
-            _Generation(store, generation, plan, checked, findings).check(progress)
+            _Generation(store, job, generation, plan, checked, findings).check(progress)
+    check_job(store, job, findings.fault)
     return findings
 
 
@@ -115,6 +118,7 @@ class _Generation:
     """One generation to be checked, but for its hidden shards."""
 
     store: Store
+    job: JobRecord
     generation: Generation
     plan: Plan
     hidden: frozenset[int]
@@ -144,6 +148,16 @@ class _Generation:
         if digest.plan_id != self.plan.plan_id:
             findings.fault(f"{self.generation.plan_key}: its parts hold another plan than it names")
         self._check_orphans(records)
+        check_generation(
+            self.store,
+            self.generation,
+            self.plan,
+            records,
+            self.job,
+            findings.fault,
+            self._break,
+            hidden=self.hidden,
+        )
 
     def _break(self, shard_id: int, message: str) -> None:
         """Note a fault that doing the shard anew mends."""
@@ -206,7 +220,8 @@ class _Generation:
         for file in record.files:
             key = f"{self.generation.prefix}{file.path}"
             try:
-                rows = _checked_rows(self.store, key, file)
+                data = _checked_data(self.store, key, file)
+                rows = _rows(data)
             except ObjectNotFoundError:
                 self._break(spec.shard_id, f"{key}: missing")
                 return
@@ -216,6 +231,7 @@ class _Generation:
             except StorageError as error:
                 self.findings.fault(f"{key}: cannot be read: {error}")
                 return
+            check_rows(key, data, record, functools.partial(self._break, spec.shard_id))
             held += [name for name, _ in rows]
             num_ok += sum(status == "ok" for _, status in rows)
         self.findings.num_rows += len(held)
@@ -250,8 +266,8 @@ class _DamagedError(Exception):
     """A data object is not what was committed."""
 
 
-def _checked_rows(store: Store, key: str, file: DataFile) -> list[tuple[str, str]]:
-    """``(frame_id, status)`` of every row of a data object that is what was committed.
+def _checked_data(store: Store, key: str, file: DataFile) -> bytes:
+    """A data object that is what was committed.
 
     Raises:
         _DamagedError: It is not.
@@ -264,6 +280,15 @@ def _checked_rows(store: Store, key: str, file: DataFile) -> list[tuple[str, str
     if hashlib.sha256(data).hexdigest() != file.sha256:
         message = "other content than was committed"
         raise _DamagedError(message)
+    return data
+
+
+def _rows(data: bytes) -> list[tuple[str, str]]:
+    """``(frame_id, status)`` of every row.
+
+    Raises:
+        _DamagedError: It is no Parquet with them.
+    """
     try:
         table = pq.read_table(pa.BufferReader(data), columns=["frame_id", "status"])
         return list(zip(table["frame_id"].to_pylist(), table["status"].to_pylist(), strict=True))

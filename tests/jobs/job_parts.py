@@ -92,7 +92,9 @@ def make_job(folder: Path, *, num_images: int = 10, frames: int = 2, bad: bool =
         "the job",
     )
     store = open_output(spec)
-    record = claim_output(store, make_record(spec, untrained_weights(TINY)), single_driver=False)
+    weights = untrained_weights(TINY)
+    record = claim_output(store, make_record(spec, weights), single_driver=False)
+    store.put(record.weights_key, weights)
     plan = make_plan(store, Generation(), Planner(spec))
     shards = [
         shard

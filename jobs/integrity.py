@@ -1,0 +1,414 @@
+"""What `verify` compares beside records, data and plan: everything else that a job says of itself.
+
+Each check takes ``fault``, which is told one line per thing that is wrong, and goes on. What a
+later version may add to an object is not looked at.
+"""
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from jobs.digests import fixed_digests
+from jobs.plan import Plan
+from jobs.record import OUTPUT_VERSION, JobRecord
+from pipeline.errors import ERROR_KINDS, ObjectNotFoundError, Segformer3dError, StorageError
+from pipeline.layout import (
+    JOB_KEY,
+    MANIFEST_PREFIX,
+    PNG_PREFIX,
+    Generation,
+    attempt_of,
+    png_stem,
+    shard_of,
+)
+from pipeline.records import CommitRecord, DataFile, ShardSpec, canonical_json, shards_from_table
+from pipeline.sinks.parquet import METADATA_KEY
+from pipeline.storage import Store
+from segformer3d.labels import CLASSES
+
+Fault = Callable[[str], None]
+Broken = Callable[[int, str], None]
+
+_ROW_COLUMNS = ["asset", "frame_index", "status", "error_kind", "error"]
+# What damaged objects make their readers raise.
+_DAMAGE = (
+    pa.ArrowException,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    OSError,
+)
+_PNG_SUFFIXES = {"classes": ("_labelTrainIds.png", "_color.png"), "depth": ("_depth.png",)}
+
+
+def check_job(store: Store, job: JobRecord, fault: Fault) -> None:
+    """Check ``job.json`` against its own form, its settings, and the weights in the job."""
+    with_errors(JOB_KEY, lambda: _check_form(JOB_KEY, store.read(JOB_KEY), fault), fault)
+    with_errors(JOB_KEY, lambda: _check_settings(job, fault), fault)
+    with_errors(job.weights_key, lambda: _check_weights(store, job, fault), fault)
+
+
+def check_generation(
+    store: Store,
+    generation: Generation,
+    plan: Plan,
+    records: Mapping[int, CommitRecord],
+    job: JobRecord,
+    fault: Fault,
+    broken: Broken,
+    *,
+    hidden: frozenset[int] = frozenset(),
+) -> None:
+    """Check all of a generation but its rows against each other.
+
+    Args:
+        store: The job's store.
+        generation: Which generation.
+        plan: Its plan.
+        records: Its commit records, by shard.
+        job: What ``job.json`` says.
+        fault: Takes what is wrong.
+        broken: Takes a shard and what is wrong, where doing the shard anew mends it.
+        hidden: Shards that a repair has replaced, which nobody reads any more.
+    """
+    counts = _PlanCounts()
+
+    def plan_and_pngs() -> None:
+        has_pngs = job.identity.get("output.png") is True
+        expected = _Pngs(store, generation, job) if has_pngs else None
+        for spec in _planned(store, plan, fault):
+            counts.add(spec)
+            record = records.get(spec.shard_id)
+            if expected is not None and record is not None and spec.shard_id not in hidden:
+                expected.check(spec, record, fault, broken)
+        counts.compare(plan, generation, fault)
+
+    with_errors(
+        generation.plan_key,
+        lambda: _check_form(generation.plan_key, store.read(generation.plan_key), fault),
+        fault,
+    )
+    with_errors(generation.plan_key, plan_and_pngs, fault)
+    _check_records(store, generation, records, hidden, fault, broken)
+    with_errors(
+        generation.data_prefix,
+        lambda: _check_description(store, generation, plan, records, job, fault),
+        fault,
+    )
+    with_errors(MANIFEST_PREFIX, lambda: _check_newest_snapshot(store, generation, fault), fault)
+    with_errors(
+        generation.success_key,
+        lambda: _check_success(store, generation, plan, records, hidden, fault),
+        fault,
+    )
+
+
+def check_rows(key: str, data: bytes, record: CommitRecord, fault: Fault) -> None:
+    """Check a data object's rows against what its record says of every quarantined one."""
+
+    def check() -> None:
+        table = pq.read_table(pa.BufferReader(data), columns=_ROW_COLUMNS)
+        held = []
+        for row in table.to_pylist():
+            if (row["status"] == "ok") != (row["error_kind"] is None):
+                fault(f"{key}: a row of {row['asset']} is neither good nor an error")
+            elif row["error_kind"] is not None:
+                if row["error_kind"] not in ERROR_KINDS:
+                    fault(f"{key}: no kind of error: {row['error_kind']!r}")
+                entry = row["asset"], row["frame_index"], row["error_kind"], row["error"] or ""
+                held.append(entry)
+        if len(record.files) == 1 and sorted(held) != sorted(record.quarantined):
+            fault(f"shard {record.shard_id}: its record names other errors than its data holds")
+
+    with_errors(key, check, fault)
+
+
+def with_errors(key: str, check: Callable[[], None], fault: Fault) -> None:
+    """Run a check; whatever damage does to it is a fault of ``key``."""
+    try:
+        check()
+    except ObjectNotFoundError:
+        fault(f"{key}: missing")
+    except (Segformer3dError, *_DAMAGE) as error:
+        fault(f"{key}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def _check_form(key: str, data: bytes, fault: Fault) -> None:
+    """Objects are written in one form, in which no byte may be another."""
+    if canonical_json(json.loads(data)) != data:
+        fault(f"{key}: not in the form in which it was written")
+
+
+def _check_settings(job: JobRecord, fault: Fault) -> None:
+    now = job.job_spec().identity()
+    for name, value in job.identity.items():
+        if name in now and now[name] != value:
+            fault(f"{JOB_KEY}: {name} is not what its own settings say")
+    if job.output_version == OUTPUT_VERSION and job.labels != [item.name for item in CLASSES]:
+        fault(f"{JOB_KEY}: its labels are not those of its version")
+
+
+def _check_weights(store: Store, job: JobRecord, fault: Fault) -> None:
+    data = store.read(job.weights_key)
+    if hashlib.sha256(data).hexdigest() != job.weights_sha256:
+        fault(f"{job.weights_key}: not the weights that {JOB_KEY} names")
+        return
+    info = _weights_metadata(data)
+    said = {
+        "preprocessing": job.preprocessing,
+        "depth_codec": job.depth_codec,
+        "trained": job.trained,
+    }
+    for name, value in said.items():
+        if name in info and info[name] != value:
+            fault(f"{JOB_KEY}: {name} is not what the weights say")
+
+
+def _weights_metadata(data: bytes) -> dict[str, Any]:
+    """What a safetensors file says of itself, without torch."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = json.loads(header.get("__metadata__", {}).get("segformer3d", "{}"))
+    return dict(entry)
+
+
+@dataclass
+class _PlanCounts:
+    """The counts of ``plan.json``, made again from its parts."""
+
+    shard_ids: list[int] = field(default_factory=list)
+    num_frames: int = 0
+    num_known_errors: int = 0
+    num_pixels: int = 0
+    roots: set[str] = field(default_factory=set)
+    assets: dict[str, set[int]] = field(default_factory=lambda: {"image": set(), "video": set()})
+    size_bytes: int = 0
+
+    def add(self, spec: ShardSpec) -> None:
+        """Take the next shard."""
+        self.shard_ids.append(spec.shard_id)
+        self.roots.add(spec.root)
+        self.num_frames += spec.num_frames
+        for part in spec.slices:
+            if part.error_kind is not None:
+                self.num_known_errors += len(part.frame_index)
+            else:
+                pixels = spec.input_width_px * spec.input_height_px
+                self.num_pixels += pixels * len(part.frame_index)
+            seen, name = self.assets[part.kind], xxhash.xxh3_64_intdigest(part.asset.encode())
+            if name not in seen:
+                seen.add(name)
+                self.size_bytes += part.size_bytes
+
+    def compare(self, plan: Plan, generation: Generation, fault: Fault) -> None:
+        """See that the plan says the same."""
+        key = generation.plan_key
+        if self.shard_ids != list(range(len(self.shard_ids))):
+            fault(f"{key}: the shards of its parts are not numbered from 0")
+        first = 0
+        for part in plan.parts:
+            if part.first_shard != first:
+                fault(f"{key}: {part.key} does not begin where the part before it ends")
+            first += part.num_shards
+        counted = {
+            "num_shards": (plan.num_shards, len(self.shard_ids)),
+            "num_shards of its parts": (plan.num_shards, first),
+            "num_frames": (plan.num_frames, self.num_frames),
+            "num_known_errors": (plan.num_known_errors, self.num_known_errors),
+            "num_pixels": (plan.num_pixels, self.num_pixels),
+        }
+        if generation.number == 0:
+            # A later generation plans only some frames of some assets.
+            counted["num_images"] = (plan.num_images, len(self.assets["image"]))
+            counted["num_videos"] = (plan.num_videos, len(self.assets["video"]))
+            counted["size_bytes"] = (plan.size_bytes, self.size_bytes)
+        for name, (said, found) in counted.items():
+            if said != found:
+                fault(f"{key}: {name} is {said!r}, its parts hold {found}")
+        if len(self.roots) > 1:
+            fault(f"{key}: its parts name {len(self.roots)} archives")
+
+
+def _planned(store: Store, plan: Plan, fault: Fault) -> Iterator[ShardSpec]:
+    for part in plan.parts:
+        shards: list[ShardSpec] = []
+
+        def read(key: str = part.key, shards: list[ShardSpec] = shards) -> None:
+            shards += shards_from_table(pq.read_table(pa.BufferReader(store.read(key))))
+
+        with_errors(part.key, read, fault)
+        yield from shards
+
+
+def _check_records(
+    store: Store,
+    generation: Generation,
+    records: Mapping[int, CommitRecord],
+    hidden: frozenset[int],
+    fault: Fault,
+    broken: Broken,
+) -> None:
+    for shard_id, record in records.items():
+        for file in record.files:
+            if attempt_of(f"{generation.prefix}{file.path}") != (shard_id, record.attempt):
+                key = generation.commit_key(shard_id)
+                broken(shard_id, f"{key}: names data that is not its attempt's")
+
+    def check() -> None:
+        for item in store.list(generation.commit_prefix):
+            shard_id = shard_of(item.key)
+            if shard_id is None or shard_id in hidden or shard_id not in records:
+                continue
+            if item.size_bytes != len(records[shard_id].to_json()):
+                broken(shard_id, f"{item.key}: not in the form in which it was written")
+
+    with_errors(generation.commit_prefix, check, fault)
+
+
+def _check_description(
+    store: Store,
+    generation: Generation,
+    plan: Plan,
+    records: Mapping[int, CommitRecord],
+    job: JobRecord,
+    fault: Fault,
+) -> None:
+    """Compare what one data object, whose hash stands in its record, says of the whole job."""
+    file = next((file for record in records.values() for file in record.files), None)
+    if file is None:
+        return
+    key = f"{generation.prefix}{file.path}"
+    metadata = _metadata(store, key, file)
+    said = {
+        "plan_id": plan.plan_id,
+        "generation": generation.number,
+        "weights_sha256": job.weights_sha256,
+        "trained": job.trained,
+        "preprocessing": job.preprocessing,
+        "labels": job.labels,
+        "depth_codec": job.depth_codec,
+        "output_version": job.output_version,
+        "identity": job.identity,
+    }
+    for name, value in said.items():
+        if name in metadata and metadata[name] != value:
+            fault(f"{JOB_KEY}: {name} is not what {key} was made with")
+
+
+def _metadata(store: Store, key: str, file: DataFile) -> dict[str, Any]:
+    try:
+        data = store.read(key)
+    except StorageError:
+        return {}
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        # That is a fault already.
+        return {}
+    schema = pq.read_schema(pa.BufferReader(data))
+    return dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
+
+
+def _check_newest_snapshot(store: Store, generation: Generation, fault: Fault) -> None:
+    """A damaged snapshot is passed over in silence by its readers; its name holds its hash."""
+    prefix = f"{MANIFEST_PREFIX}snapshot-{generation.number:04d}-"
+    keys = (item.key for item in store.list(MANIFEST_PREFIX))
+    newest = max((key for key in keys if key.startswith(prefix)), default="")
+    if newest:
+        digest = hashlib.sha256(store.read(newest)).hexdigest()[:12]
+        if not newest.endswith(f"-{digest}.parquet"):
+            fault(f"{newest}: other content than its name says")
+
+
+def _check_success(
+    store: Store,
+    generation: Generation,
+    plan: Plan,
+    records: Mapping[int, CommitRecord],
+    hidden: frozenset[int],
+    fault: Fault,
+) -> None:
+    key = generation.success_key
+    if store.head(key) is None:
+        return
+    data = store.read(key)
+    _check_form(key, data, fault)
+    said = json.loads(data)
+    found: dict[str, Any] = {"plan_id": plan.plan_id, "num_shards": plan.num_shards}
+    if not hidden:
+        # Whoever wrote it may have counted what a repair has replaced since.
+        found |= {
+            "num_rows": sum(record.num_rows for record in records.values()),
+            "num_ok": sum(record.num_ok for record in records.values()),
+            "quarantined": dict(
+                Counter(kind for record in records.values() for _, _, kind, _ in record.quarantined)
+            ),
+        }
+    for name, value in found.items():
+        if name not in said or said[name] != value:
+            fault(f"{key}: {name} is {said.get(name)!r}, the records say {value!r}")
+    digests = said.get("sha256", {})
+    for name, digest in fixed_digests(store, generation, plan).items():
+        if digests and digests.get(name) != digest:
+            fault(f"{name}: other content than when the generation was finished")
+
+
+class _Pngs:
+    """The PNG tree as it is listed, and the markers that say which shards' PNGs are complete."""
+
+    def __init__(self, store: Store, generation: Generation, job: JobRecord) -> None:
+        self._marked = {shard_of(item.key) for item in store.list(generation.png_done_prefix)}
+        self._is_finished = store.head(generation.success_key) is not None
+        self._present = np.sort(
+            _hashes(item.key for item in store.list(PNG_PREFIX) if item.size_bytes)
+        )
+        info = _weights_metadata(store.read(job.weights_key))
+        self._suffixes: tuple[str, ...] = ()
+        if info.get("config", {}).get("num_classes") is not None:
+            self._suffixes += _PNG_SUFFIXES["classes"]
+        if job.depth_codec is not None:
+            self._suffixes += _PNG_SUFFIXES["depth"]
+
+    def check(self, spec: ShardSpec, record: CommitRecord, fault: Fault, broken: Broken) -> None:
+        """See that a shard's PNGs are there, if it is said that they are."""
+        if spec.shard_id not in self._marked:
+            if self._is_finished:
+                fault(f"shard {spec.shard_id}: finished without the marker of its PNGs")
+            return
+        bad = {(asset, index) for asset, index, _, _ in record.quarantined}
+        keys = [
+            f"{png_stem(part.asset, index, is_video=bool(part.pts_s))}{suffix}"
+            for part in spec.slices
+            for index in part.frame_index
+            if (part.asset, index) not in bad
+            for suffix in self._suffixes
+        ]
+        wanted = _hashes(keys)
+        places = np.searchsorted(self._present, wanted)
+        is_there = np.append(self._present, np.uint64(0))[places] == wanted
+        missing = np.flatnonzero(~is_there)
+        if missing.size:
+            more = f" and {missing.size - 1} more" if missing.size > 1 else ""
+            message = f"shard {spec.shard_id}: PNGs missing: {keys[missing[0]]}{more}"
+            broken(spec.shard_id, message)
+
+
+def _hashes(keys: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """Eight bytes a key, for there may be tens of millions."""
+    return np.frombuffer(array("Q", map(_hash, keys)), np.uint64)
+
+
+def _hash(key: str) -> int:
+    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
