@@ -172,12 +172,16 @@ def _best_snapshot(
     prefix = f"{MANIFEST_PREFIX}snapshot-{generation.number:04d}-"
     keys = sorted(item.key for item in store.list(MANIFEST_PREFIX) if item.key.startswith(prefix))
     for key in reversed(keys):
+        data = store.read(key)
+        # Before Parquet's reader sees it: damage need not make it unreadable.
+        if not key.endswith(f"-{_digest(data)}.parquet"):
+            continue
         try:
-            table = pq.read_table(pa.BufferReader(store.read(key)))
+            table = pq.read_table(pa.BufferReader(data))
             meta = json.loads(table.schema.metadata[_META])
             ranges, owner = frozenset(int(item) for item in meta["ranges"]), meta["plan_id"]
             table = table.replace_schema_metadata(None).cast(SNAPSHOT_SCHEMA)
-        except (pa.ArrowException, KeyError, TypeError, ValueError):
+        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
             # Only a cache of the records: an older one does, or none.
             continue
         if owner != plan_id:
@@ -194,9 +198,13 @@ def _write_snapshot(
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({_META: meta}), sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
-    digest = hashlib.sha256(data).hexdigest()[:12]
-    name = f"snapshot-{generation.number:04d}-{len(ranges):06d}-{digest}.parquet"
+    name = f"snapshot-{generation.number:04d}-{len(ranges):06d}-{_digest(data)}.parquet"
     store.put(f"{MANIFEST_PREFIX}{name}", data)
+
+
+def _digest(data: bytes) -> str:
+    """What a snapshot's name says of its content."""
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _row(record: CommitRecord) -> dict[str, Any]:
