@@ -6,6 +6,7 @@ rests on the commit records alone, so no clock is trusted and any number of driv
 
 import datetime
 import json
+import math
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pipeline.errors import StorageError
 from pipeline.layout import LEASE_PREFIX, cancel_key, heartbeat_key, lease_key
@@ -26,6 +27,8 @@ SILENT_S = 30.0
 
 # A submission that has not started a driver by then has failed on the cluster.
 _SUBMITTED_S = 900.0
+# Linux has no more.
+_PIDS = 1 << 31
 _NUMBER = re.compile(r"(lease|heartbeat)-(\d{8,})\.json")
 
 DriverState = Literal["submitted", "planning", "running", "draining", "ended"]
@@ -115,9 +118,23 @@ def _parse(data: bytes) -> Heartbeat | None:
     """A heartbeat is only news: one that cannot be read is none."""
     try:
         heartbeat = Heartbeat(**json.loads(data))
-        return heartbeat if heartbeat.age_s is not None else None
-    except (TypeError, ValueError):
+        return heartbeat if _makes_sense(heartbeat) else None
+    except (TypeError, ValueError, ArithmeticError, RecursionError):
         return None
+
+
+def _makes_sense(heartbeat: Heartbeat) -> bool:
+    """Whether everybody who reads it can count and show what it says."""
+    numbers = heartbeat.lease, heartbeat.num_done, heartbeat.num_shards
+    return (
+        all(type(number) is int for number in (*numbers, heartbeat.pid))
+        and 0 < heartbeat.pid < _PIDS
+        and type(heartbeat.host) is str
+        and heartbeat.state in get_args(DriverState)
+        and isinstance(heartbeat.frames_per_s, int | float)
+        and 0 <= heartbeat.frames_per_s < math.inf
+        and math.isfinite(heartbeat.age_s)
+    )
 
 
 def request_cancel(store: Store) -> list[Heartbeat]:

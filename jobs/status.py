@@ -8,7 +8,7 @@ from jobs.generations import History
 from jobs.lease import Heartbeat, heartbeats
 from jobs.record import read_job
 from jobs.runner import count_kinds
-from pipeline.errors import Segformer3dError, StorageError, UserError
+from pipeline.errors import JobError, Segformer3dError, StorageError, UserError
 from pipeline.layout import JOB_KEY, OWN_PREFIXES
 from pipeline.storage import StorageOptions, Store, join_url, open_store
 
@@ -16,7 +16,16 @@ JobState = Literal[
     "submitted", "planning", "running", "interrupted", "done", "quarantined", "unreadable"
 ]
 # What damaged objects of a job make their readers raise.
-_DAMAGE = (Segformer3dError, ValueError, TypeError, LookupError, AttributeError)
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    OSError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,16 @@ def job_status(url: str, storage: StorageOptions) -> JobStatus:
 
     Raises:
         UserError: If there is no job.
+        JobError: If it is too damaged to be read.
     """
+    try:
+        return _job_status(url, storage)
+    except _DAMAGE as error:
+        message = f"{url}: damaged: {error!r}; run `verify`"
+        raise JobError(message) from error
+
+
+def _job_status(url: str, storage: StorageOptions) -> JobStatus:
     store = open_store(url, storage)
     record = read_job(store)
     alive = tuple(heartbeat for heartbeat in heartbeats(store) if heartbeat.is_alive)
@@ -167,7 +185,7 @@ def _jobs_below(store: Store, folder: str, storage: StorageOptions) -> Iterator[
     if is_job:
         try:
             yield job_status(url, storage)
-        except _DAMAGE as error:
+        except Segformer3dError as error:
             yield _unreadable(url, error)
     for child in children:
         name = child.rpartition("/")[2]
@@ -176,13 +194,12 @@ def _jobs_below(store: Store, folder: str, storage: StorageOptions) -> Iterator[
 
 
 def _unreadable(url: str, error: Exception) -> JobStatus:
-    problem = str(error) if isinstance(error, Segformer3dError) else f"damaged: {error!r}"
     return JobStatus(
         url=url,
         state="unreadable",
         trained=False,
         quarantined={},
-        problem=" ".join(problem.split()),
+        problem=" ".join(str(error).split()),
     )
 
 
