@@ -1,7 +1,6 @@
 """What `verify` compares beside records, data and plan: everything else that a job says of itself.
 
-Each check takes ``fault``, which is told one line per thing that is wrong, and goes on. What a
-later version may add to an object is not looked at.
+Each check takes ``fault``, which is told one line per thing that is wrong, and goes on.
 """
 
 import hashlib
@@ -52,6 +51,7 @@ _DAMAGE = (
     RecursionError,
     OSError,
 )
+_SUCCESS_FIELDS = {"plan_id", "num_shards", "num_rows", "num_ok", "quarantined", "sha256"}
 _PNG_SUFFIXES = {"classes": ("_labelTrainIds.png", "_color.png"), "depth": ("_depth.png",)}
 
 
@@ -359,6 +359,8 @@ def _check_success(
     for name, value in found.items():
         if name not in said or said[name] != value:
             fault(f"{key}: {name} is {said.get(name)!r}, the records say {value!r}")
+    for name in said.keys() - _SUCCESS_FIELDS:
+        fault(f"{key}: {name} is nothing that a driver writes there")
     digests = said.get("sha256", {})
     for name, digest in fixed_digests(store, generation, plan).items():
         if digests and digests.get(name) != digest:
