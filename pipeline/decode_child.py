@@ -160,8 +160,12 @@ class _Prefetch:
 
 
 def _decode(request: DecodeRequest, fd: int, pulse: _Pulse) -> None:
+    decode_items(request, _map_pixels(fd, request.size), pulse)
+
+
+def decode_items(request: DecodeRequest, pixels: UInt8Array, pulse: _Pulse) -> None:
+    """Decode a request's frames into ``pixels`` ``(slots, h, w, 3)`` and tell of each."""
     store = open_store(request.root, request.storage)
-    pixels = _map_pixels(fd, request.size)
     images = [item.part for item in request.items if item.part.kind == "image"]
     files = _Prefetch(
         lambda index: _fetch_image(store, images[index], request.limits),

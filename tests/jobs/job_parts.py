@@ -53,14 +53,14 @@ class Job:
             FrameRecord(
                 asset=part.asset,
                 frame_index=index,
-                pts_s=None,
+                pts_s=part.pts_s[place] if part.pts_s else None,
                 width=part.width,
                 height=part.height,
                 error_kind=part.error_kind,
                 error=part.error,
             )
             for part in shard.slices
-            for index in part.frame_index
+            for place, index in enumerate(part.frame_index)
         )
         good = sum(frame.error_kind is None for frame in frames)
         made_up = annotated_shard(shard.shard_id, num_frames=good, bad=None)
@@ -76,7 +76,7 @@ class Job:
 def make_job(folder: Path, *, num_images: int = 10, frames: int = 2, bad: bool = True) -> Job:
     """An archive of small JPEGs, one of them broken, claimed and planned."""
     archive = folder / "archive"
-    archive.mkdir(parents=True)
+    archive.mkdir(parents=True, exist_ok=True)
     for index in range(num_images):
         data = encode_cv2(picture(seed=index), ".jpg")
         (archive / f"{index:04d}.jpg").write_bytes(data)

@@ -5,6 +5,7 @@
 
 import os
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -51,10 +52,8 @@ def is_noticed(job):
 
 def look_around(job):
     """What reads a job for a person must live through anything."""
-    try:
+    with suppress(Segformer3dError):
         job_status(job.store.url, StorageOptions()).text()
-    except Segformer3dError as error:
-        assert str(error)
     for found in find_jobs(job.store.url, StorageOptions()):
         found.line()
         found.text()
