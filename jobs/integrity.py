@@ -8,6 +8,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,16 @@ import pyarrow.parquet as pq
 import xxhash
 
 from jobs.digests import fixed_digests
+from jobs.generations import read_part
 from jobs.plan import Plan
 from jobs.record import OUTPUT_VERSION, JobRecord
-from pipeline.errors import ERROR_KINDS, ObjectNotFoundError, Segformer3dError, StorageError
+from pipeline.errors import (
+    ERROR_KINDS,
+    JobError,
+    ObjectNotFoundError,
+    Segformer3dError,
+    StorageError,
+)
 from pipeline.layout import (
     JOB_KEY,
     MANIFEST_PREFIX,
@@ -30,7 +38,7 @@ from pipeline.layout import (
     png_stem,
     shard_of,
 )
-from pipeline.records import CommitRecord, DataFile, ShardSpec, canonical_json, shards_from_table
+from pipeline.records import CommitRecord, DataFile, ShardSpec, canonical_json
 from pipeline.sinks.parquet import METADATA_KEY
 from pipeline.storage import Store
 from segformer3d.labels import CLASSES
@@ -90,7 +98,7 @@ def check_generation(
     def plan_and_pngs() -> None:
         has_pngs = job.identity.get("output.png") is True
         expected = _Pngs(store, generation, job) if has_pngs else None
-        for spec in _planned(store, plan, fault):
+        for spec in _planned(store, plan):
             counts.add(spec)
             record = records.get(spec.shard_id)
             if expected is not None and record is not None and spec.shard_id not in hidden:
@@ -243,15 +251,11 @@ class _PlanCounts:
             fault(f"{key}: its parts name {len(self.roots)} archives")
 
 
-def _planned(store: Store, plan: Plan, fault: Fault) -> Iterator[ShardSpec]:
+def _planned(store: Store, plan: Plan) -> Iterator[ShardSpec]:
     for part in plan.parts:
-        shards: list[ShardSpec] = []
-
-        def read(key: str = part.key, shards: list[ShardSpec] = shards) -> None:
-            shards += shards_from_table(pq.read_table(pa.BufferReader(store.read(key))))
-
-        with_errors(part.key, read, fault)
-        yield from shards
+        # Of one that cannot be read the other half of `verify` tells.
+        with suppress(JobError, StorageError):
+            yield from read_part(store, part)
 
 
 def _check_records(
