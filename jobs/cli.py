@@ -7,8 +7,10 @@ Exit codes: 0 done, 1 failed, 2 the user's mistake, 3 done with quarantined inpu
 import functools
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -18,6 +20,7 @@ from jobs.cli_model import attention, predict
 from jobs.cli_train import fetch, train
 from pipeline.errors import ObjectForbiddenError, Segformer3dError, UserError
 from pipeline.storage import StorageOptions
+from pipeline.urls import redact
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_QUARANTINED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -26,6 +29,7 @@ Command = Callable[..., Any]
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script."""
+    sys.excepthook = _print_traceback
     sys.exit(run(arguments))
 
 
@@ -65,8 +69,15 @@ def _failed(error: click.ClickException | Segformer3dError) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    click.echo(f"segformer3d: {' '.join(message.split())}", err=True)
+    click.echo(f"segformer3d: {redact(' '.join(message.split()))}", err=True)
     return code
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What nobody foresaw is told in full, but for credentials."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _spec_options(command: Command) -> Command:

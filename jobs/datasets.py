@@ -21,6 +21,8 @@ def open_any_dataset(address: str) -> "SampleSource":
         UserError: The job is not there or not finished.
         StorageError: The job cannot be read.
     """
+    if not address.startswith("job:") and "://" in address:
+        raise DatasetError("only a job can be named by a URL, other data sets by a local folder")
     return open_dataset(address, {"job": Kind(_job, ("min_confidence",))})
 
 

@@ -10,6 +10,7 @@ from jobs.picturing import is_out_of_memory, open_model
 from jobs.progress import Progress
 from jobs.spec import check_spec
 from pipeline.errors import UserError
+from pipeline.urls import without_query
 from segformer3d.datasets import DatasetError
 from segformer3d.evaluation import Evaluation, evaluate, save_confusion_picture
 from segformer3d.metrics import DEPTH_MAX_M, DEPTH_MIN_M
@@ -71,7 +72,7 @@ def evaluate_weights(
 
 def report_fields(measured: Evaluation, weights: str, dataset: str) -> dict[str, Any]:
     """The results as plain JSON types, with what was measured on what."""
-    return {"weights": weights, "dataset": dataset, **measured.to_dict()}
+    return {"weights": without_query(weights), "dataset": dataset, **measured.to_dict()}
 
 
 def _measured(

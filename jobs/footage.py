@@ -15,7 +15,6 @@ from urllib.parse import unquote, urlsplit
 
 import av
 import cv2
-import fsspec
 
 from jobs.progress import say
 from pipeline.errors import (
@@ -34,11 +33,12 @@ from pipeline.sources.listing import asset_kind, list_assets
 from pipeline.sources.video import probe_video, quiet_ffmpeg, read_frames
 from pipeline.storage import StorageOptions, Store, escape_path, open_input, unescape_path
 from pipeline.storage.paths import literal_glob
+from pipeline.urls import FILES, STORE_SCHEMES, WEB_SCHEMES, check_scheme, shown
+from pipeline.web import open_web
 
 # Of a video behind a URL that is no store's: it is copied to a temporary file to be sought in.
 MAX_DOWNLOAD_BYTES = 8 << 30
 _COPY_BYTES = 1 << 20
-_STORE_SCHEMES = ("file", "s3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,7 @@ def find_files(url: str, storage: StorageOptions, *, skip: Path | None = None) -
     """Find the images and videos that a user names.
 
     Args:
-        url: A file, a folder or a glob, local or ``s3://``; or any other URL of a file that
-            fsspec opens.
+        url: A file, a folder or a glob, local or ``s3://``; or the ``https://`` URL of a file.
         storage: How to reach S3.
         skip: The local folder where this run writes, whose files do not count.
 
@@ -134,8 +133,7 @@ def find_files(url: str, storage: StorageOptions, *, skip: Path | None = None) -
         UserError: If there is nothing there, or ``skip`` is what was named.
         StorageError: If it cannot be listed.
     """
-    scheme, separator, _ = url.partition("://")
-    if "::" in url or (separator and scheme not in _STORE_SCHEMES):
+    if check_scheme(url, STORE_SCHEMES | WEB_SCHEMES, FILES) in WEB_SCHEMES:
         return Found(files=(_remote_file(url),), is_file=True)
     if not _may_exist(url):
         message = f"{url}: no such file or folder"
@@ -274,34 +272,34 @@ def _listed_files(
 
 
 def _remote_file(url: str) -> SourceFile:
-    """A file behind any URL that fsspec knows."""
-    first = next((part for part in url.split("::") if "://" in part), url)
-    name = PurePosixPath(unquote(urlsplit(first).path)).name or urlsplit(first).netloc
+    """A file on the web."""
     try:
-        with fsspec.open(url, "rb") as opened:
+        with open_web(url) as opened:
             head = opened.read(HEAD_BYTES)
-    except FileNotFoundError as error:
-        # Of HTTP it also stands for a server that does not answer.
-        cause = f" ({_reason(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
-        message = f"{url}: no such file{cause}"
+    except ObjectNotFoundError:
+        message = f"{shown(url)}: no such file"
         raise UserError(message) from None
-    except Exception as error:  # noqa: BLE001 - each file system of fsspec raises its own errors
-        message = f"{url}: cannot be read: {_reason(error)}"
+    except StorageError as error:
+        message = f"cannot be read: {error}"
         raise UserError(message) from None
+    parts = urlsplit(url)
+    name = PurePosixPath(unquote(parts.path, errors="surrogateescape")).name
+    if name in {"", ".", ".."}:
+        name = parts.hostname or "file"
     kind = asset_kind(name) or ("image" if read_header(head) else "video")
 
     def download() -> BinaryIO:
         return _downloaded(url, kind)
 
-    return SourceFile(path=escape_path(name), kind=kind, open=download)
+    return SourceFile(path=escape_path(name).replace("/", "%2F"), kind=kind, open=download)
 
 
 def _downloaded(url: str, kind: AssetKind) -> BinaryIO:
-    """A temporary copy: not every file system of fsspec can seek, and FFmpeg must."""
+    """A temporary copy: FFmpeg seeks."""
     max_bytes = DecodeLimits().max_file_bytes if kind == "image" else MAX_DOWNLOAD_BYTES
     copy = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
     try:
-        with fsspec.open(url, "rb") as opened:
+        with open_web(url) as opened:
             while chunk := opened.read(_COPY_BYTES):
                 copy.write(chunk)
                 if copy.tell() > max_bytes:

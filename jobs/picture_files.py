@@ -67,9 +67,6 @@ def output_paths(found: Found, url: str, output: str | None, name: str) -> list[
 def output_folder(url: str, output: str | None, name: str, *, is_file: bool) -> Path:
     """The folder of ``output_paths``; see there."""
     if output is not None:
-        if "://" in output:
-            message = f"--output {output}: name a local folder or file"
-            raise UserError(message)
         return local_path(output)
     if is_file:
         return Path()
@@ -85,6 +82,9 @@ def local_path(output: str) -> Path:
     Raises:
         UserError: If no file system can have it.
     """
+    if "://" in output:
+        message = f"--output {output}: name a local folder or file"
+        raise UserError(message)
     try:
         path = Path(output).expanduser()
         path.is_dir()  # complains of a name that is too long

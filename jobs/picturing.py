@@ -22,6 +22,7 @@ from pipeline.errors import ErrorKind, InputError, UserError
 from pipeline.geometry import Geometry
 from pipeline.records import AssetKind, UInt8Array
 from pipeline.sources.assets import DecodeLimits
+from pipeline.urls import shown
 from segformer3d.draw import message_picture
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class PictureRequest:
     """What a user asks for.
 
     Attributes:
-        url: A file, a folder or a glob, local or ``s3://``; or a file's URL that fsspec opens.
+        url: A file, a folder or a glob, local or ``s3://``; or a file on the web.
         output: Local folder or file for the pictures; None is the working folder, or one of its
             own in there where several files were named.
         weights: URL of a weights file; None is what a job takes without one.
@@ -221,7 +222,7 @@ def open_model(spec: JobSpec, device: str | None) -> Model:
     try:
         network, info = model_from_bytes(load_weights(spec))
     except WeightsError as error:
-        message = f"weights {spec.model.weights}: {error}"
+        message = f"weights {shown(str(spec.model.weights))}: {error}"
         raise UserError(message) from None
     if not info.trained:
         say("The weights are untrained: the pictures show that everything runs, not a street.")

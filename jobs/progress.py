@@ -8,6 +8,8 @@ from typing import Never, Self, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.urls import redact
+
 _LINE_EVERY_S = 10.0
 _QUIET_FIRST_S = 2.0
 _TICK_S = 0.5
@@ -99,5 +101,5 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str)
 
 def say(message: str) -> None:
     """One line for a person; results go to standard output, this does not."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(redact(message), file=sys.stderr)
     sys.stderr.flush()

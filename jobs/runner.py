@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-import fsspec
 import numpy as np
 
 from jobs.cluster import check_cluster, connect
@@ -31,7 +30,8 @@ from jobs.stage_times import StageTimes, busy_line
 from pipeline.errors import ConflictError, JobError, StorageError, UserError
 from pipeline.layout import SHARDS_PER_RANGE, Generation, attempt_of, shard_of
 from pipeline.records import CommitRecord, ShardReceipt, canonical_json
-from pipeline.storage import StorageOptions, Store, open_store
+from pipeline.storage import StorageOptions, Store, open_store, read_file
+from pipeline.urls import shown
 
 if TYPE_CHECKING:
     from pipeline.graph import PendingPart
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 Outcome = Literal["done", "quarantined", "interrupted"]
 
+# Of the web; the largest SegFormer has 340 MB.
+_MAX_WEIGHTS_BYTES = 4 << 30
 # The line of a traceback that names what was raised, by anybody but Ray.
 _RAISED = re.compile(r"(?!ray\.)[\w.]+(?:Error|Exception): (.+)")
 
@@ -189,19 +191,10 @@ def load_weights(spec: JobSpec) -> bytes:
 
         return bundled_weights()
     url = spec.model.weights
-    if url.startswith("s3://"):
-        folder, _, name = url.rpartition("/")
-        try:
-            return open_store(folder, spec.input.storage.options()).read(name)
-        except StorageError as error:
-            message = f"weights {url}: {error}"
-            raise UserError(message) from None
     try:
-        with fsspec.open(url, "rb") as file:
-            return bytes(file.read())
-    except (OSError, ImportError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        message = f"weights {url}: cannot be read: {reason}"
+        return read_file(url, spec.input.storage.options(), max_web_bytes=_MAX_WEIGHTS_BYTES)
+    except (StorageError, UserError) as error:
+        message = f"weights {shown(url)}: {error}"
         raise UserError(message) from None
 
 
@@ -222,7 +215,7 @@ def make_record(spec: JobSpec, weights: bytes) -> JobRecord:
     if not info.trained:
         say("The weights are untrained: the outputs show that everything runs, not a street.")
     return JobRecord(
-        spec=spec.model_dump(mode="json"),
+        spec=spec.recorded(),
         identity=spec.identity(),
         weights_sha256=hashlib.sha256(weights).hexdigest(),
         trained=info.trained,

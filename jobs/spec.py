@@ -11,15 +11,38 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
 from pipeline.geometry import Geometry
 from pipeline.storage import StorageOptions
+from pipeline.urls import (
+    check_endpoint,
+    check_file_url,
+    redact,
+    refuse_credentials,
+    without_query,
+)
 from segformer3d.strict_yaml import StrictYamlError, parse_yaml
 
-_BRIEFLY = reprlib.Repr()
+
+class _Brief(reprlib.Repr):
+    """Cuts what a user wrote to a line's length, after credentials are taken out of it."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redact(x), level)
+
+
+_BRIEFLY = _Brief()
 _BRIEFLY.maxlevel, _BRIEFLY.maxstring = 1, 80
 
 # `true` is no number, nor is "3".
@@ -36,6 +59,13 @@ class StorageSection(_Section):
     endpoint_url: str | None = Field(None, description="S3 endpoint; default AWS_ENDPOINT_URL.")
     region: str | None = Field(None, description="S3 region; default AWS_REGION.")
     anonymous: bool = Field(False, description="Read a public bucket without credentials.")
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _is_endpoint(cls, url: str | None) -> str | None:
+        if url:
+            check_endpoint(url)
+        return url
 
     def options(self) -> StorageOptions:
         """The same for the storage adapter."""
@@ -93,7 +123,8 @@ class ModelSection(_Section):
     """The network."""
 
     weights: str | None = Field(
-        None, description="Path or s3:// URL of a safetensors file; none: the MiT-B0 in the box."
+        None,
+        description="Path or URL (s3://, https://) of a safetensors file; none: that in the box.",
     )
     micro_batch: Whole | None = Field(
         None, ge=1, description="Frames per forward pass at the most; default by device."
@@ -181,7 +212,17 @@ class JobSpec(_Section):
         for section, key in (("input", "url"), ("output", "url"), ("model", "weights")):
             held = fields.get(section)
             if isinstance(held, dict) and isinstance(held.get(key), str) and held[key]:
+                refuse_credentials(held[key])
+                if key == "weights":
+                    check_file_url(held[key])
                 fields[section] = {**held, key: _absolute_url(held[key])}
+        return fields
+
+    def recorded(self) -> dict[str, Any]:
+        """All of it as plain data, without the query of the weights' URL: it may be a signature."""
+        fields = self.model_dump(mode="json")
+        if self.model.weights is not None:
+            fields["model"]["weights"] = without_query(self.model.weights)
         return fields
 
     def identity(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jobs.runner import claim_job
 from jobs.spec import JobSpec
 from pipeline.errors import JobError, UserError
 from pipeline.storage.opening import resolve_options
+from pipeline.urls import refuse_credentials
 
 _ANSWER_S = 10.0
 _SUBMIT_S = 60.0
@@ -86,6 +87,7 @@ class _JobsServer:
         if not address.startswith(("http://", "https://")):
             message = f"--address {address}: write http://HOST:8265, the cluster's dashboard"
             raise UserError(message)
+        refuse_credentials(address)
         self.address = address.rstrip("/")
 
     def check(self) -> None:

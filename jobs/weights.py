@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.urls import check_local
 
 if TYPE_CHECKING:
     from segformer3d.config import WeightsInfo
@@ -45,6 +46,7 @@ def read_foreign(
     """
     from segformer3d.weights import WeightsError, import_weights
 
+    check_local(str(source), "weights")
     try:
         return import_weights(Path(source))
     except WeightsError as error:
@@ -69,6 +71,7 @@ def write_weights(
     """
     from segformer3d.weights import save_weights
 
+    check_local(target, "weights")
     try:
         save_weights(Path(target), model, info, half=half)
     except (ValueError, OSError) as error:
@@ -87,6 +90,8 @@ def describe(path: str | None) -> dict[str, Any]:
     """
     from segformer3d.weights import WeightsError, bundled_path, read_info
 
+    if path is not None:
+        check_local(path, "weights")
     file = bundled_path() if path is None else Path(path)
     try:
         info = read_info(file)

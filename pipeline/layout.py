@@ -145,12 +145,16 @@ def png_stem(asset: str, frame_index: int, *, is_video: bool) -> str:
     A video's frames lie in a folder of its name; an image keeps its own name, extension included,
     so ``a.jpg`` and ``a.png`` do not meet.
     """
+    if asset.startswith("/"):  # as S3 keys may
+        asset = f"%2F{asset[1:]}"
     path = "/".join(_fitting(name) for name in asset.split("/"))
     return f"{PNG_PREFIX}{path}/{frame_index:06d}" if is_video else f"{PNG_PREFIX}{path}"
 
 
 def _fitting(name: str) -> str:
-    """A name short enough for a file system (255 bytes) once a suffix is added."""
+    """A name that stays in its folder, and fits a file system (255 bytes) with a suffix added."""
+    if name in {".", ".."}:
+        return "%2E" * len(name)
     data = name.encode()
     if len(data) <= _MAX_NAME_BYTES:
         return name

@@ -7,7 +7,7 @@ only where an ``s3://`` URL is opened.
 
 from pipeline.storage.base import ObjectInfo, StorageOptions, Store
 from pipeline.storage.commit import create_once, probe_conditional_writes
-from pipeline.storage.opening import open_input, open_store
+from pipeline.storage.opening import open_input, open_store, read_file
 from pipeline.storage.paths import (
     compile_glob,
     escape_path,
@@ -28,6 +28,7 @@ __all__ = [
     "open_input",
     "open_store",
     "probe_conditional_writes",
+    "read_file",
     "safe_relative",
     "split_glob",
     "unescape_path",

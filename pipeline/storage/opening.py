@@ -7,17 +7,25 @@ from dataclasses import replace
 from glob import escape as escape_glob
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pipeline.errors import UserError
 from pipeline.storage.base import StorageOptions, Store
 from pipeline.storage.local import LocalStore
 from pipeline.storage.paths import printable, split_glob
+from pipeline.urls import (
+    STORE_SCHEMES,
+    STORES,
+    WEB_SCHEMES,
+    check_endpoint,
+    check_file_url,
+    check_scheme,
+)
+from pipeline.web import read_web
 
 if TYPE_CHECKING:
     from pipeline.storage.s3 import S3Store
 
-_ACCEPTED = "a local path, file:///path or s3://bucket/prefix"
 _NO_BUCKET_NAME = "not a bucket name: an S3 URL looks like s3://bucket/prefix"
 _MAX_SHOWN_CHARS = 200
 
@@ -34,7 +42,7 @@ def open_store(url: str, options: StorageOptions | None = None, *, create: bool 
     Raises:
         UserError: For any other URL, a missing folder or bucket, or missing credentials.
     """
-    path = _local_path(url)
+    path = local_path(url)
     if path is not None:
         return _open_local(path, create=create)
     store = _open_s3(url, options)
@@ -52,7 +60,7 @@ def open_input(url: str, options: StorageOptions | None = None) -> tuple[Store, 
     Raises:
         UserError: If there is nothing there, or as ``open_store``.
     """
-    path = _local_path(url)
+    path = local_path(url)
     if path is not None:
         return _open_local_input(path)
     root, pattern = split_glob(url)
@@ -66,6 +74,28 @@ def open_input(url: str, options: StorageOptions | None = None) -> tuple[Store, 
     return store, pattern
 
 
+def read_file(url: str, options: StorageOptions | None = None, *, max_web_bytes: int) -> bytes:
+    """Read the one file that a user names: local, in S3, or on the web.
+
+    Args:
+        url: A path, ``file:///path``, ``s3://bucket/key`` or ``https://host/path``.
+        options: How to reach S3.
+        max_web_bytes: Most that is taken from the web.
+
+    Raises:
+        UserError: For any other URL.
+        StorageError: It is not there, or cannot be read.
+    """
+    check_file_url(url)
+    if url.partition("://")[0] in WEB_SCHEMES:
+        return read_web(url, max_web_bytes)
+    path = local_path(url)
+    if path is not None:
+        return LocalStore(str(Path(path).parent)).read(Path(path).name)
+    folder, _, name = url.rpartition("/")
+    return open_store(folder, options).read(name)
+
+
 def resolve_options(options: StorageOptions) -> StorageOptions:
     """Fill endpoint and region from the environment."""
     endpoint_url = (
@@ -74,21 +104,22 @@ def resolve_options(options: StorageOptions) -> StorageOptions:
         or os.environ.get("AWS_ENDPOINT_URL")
     )
     region = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint_url is not None:
-        parts = urlsplit(endpoint_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
-            raise UserError("the S3 endpoint must look like https://host[:port]")
+    if endpoint_url:
+        check_endpoint(endpoint_url)
     return replace(options, endpoint_url=endpoint_url or None, region=region or None)
 
 
-def _local_path(url: str) -> str | None:
-    """The absolute path that a local URL names, None for S3."""
-    if "::" in url:
-        raise UserError(f"chained URLs are not supported: use {_ACCEPTED}")
-    scheme, separator, rest = url.partition("://")
-    if not separator:
+def local_path(url: str) -> str | None:
+    """The absolute path that a local URL names, None for S3.
+
+    Raises:
+        UserError: For any other URL.
+    """
+    scheme = check_scheme(url, STORE_SCHEMES, STORES)
+    rest = url.partition("://")[2]
+    if scheme is None:
         if not url or "\0" in url:
-            raise UserError(f"not a storage URL: use {_ACCEPTED}")
+            raise UserError(f"not a storage URL: use {STORES}")
         if url in {"s3:", "s3:/"}:
             raise UserError(_NO_BUCKET_NAME)
         try:
@@ -101,8 +132,6 @@ def _local_path(url: str) -> str | None:
         if host not in {"", "localhost"} or not slash:
             raise UserError("a file URL has three slashes: file:///path")
         return str(Path(unquote(slash + path, errors="surrogateescape")))
-    if scheme != "s3":
-        raise UserError(f"unsupported storage scheme {scheme!r}: use {_ACCEPTED}")
     bucket = rest.partition("/")[0]
     if not bucket or set(bucket) & set("@:?#% *["):
         raise UserError(_NO_BUCKET_NAME)

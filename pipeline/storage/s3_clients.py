@@ -33,6 +33,7 @@ from pipeline.errors import (
     UserError,
 )
 from pipeline.storage.base import StorageOptions
+from pipeline.urls import check_endpoint
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -143,6 +144,7 @@ def _boto_client(
     host = urlsplit(plain.meta.endpoint_url).hostname or ""
     if host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         return plain, None
+    check_endpoint(plain.meta.endpoint_url)
     return client(plain.meta.endpoint_url), plain.meta.endpoint_url
 
 

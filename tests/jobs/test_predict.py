@@ -9,7 +9,6 @@ from pathlib import Path
 
 import av
 import cv2
-import fsspec
 import numpy as np
 import pytest
 
@@ -28,6 +27,7 @@ from segformer3d.labels import CLASSES
 from segformer3d.model import build_model
 from segformer3d.weights import save_weights, untrained_weights
 from tests.media import damage, encode_cv2, encode_image, packet_places, picture, write_video
+from tests.web_server import serve
 
 TINY = "mit:16,32,80,128:1,1,1,1"
 
@@ -333,23 +333,29 @@ def test_a_file_without_an_extension_is_read_for_what_it_is(run, tmp_path):
     assert run(tmp_path / "film")[:2] == (0, "film_panels.mp4\n")
 
 
+@pytest.fixture
+def web(monkeypatch):
+    """A web server on loopback, which fetching is allowed from; its URL, and what it holds."""
+    monkeypatch.setenv("SEGFORMER3D_ALLOW_PRIVATE_HTTP", "1")
+    with serve() as server:
+        yield server
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.mp4"])
-def test_any_url_of_fsspec(run, tmp_path, name):
+def test_a_file_on_the_web(run, tmp_path, web, name):
     if name.endswith("png"):
         data = encode_cv2(picture(), ".png")
     else:
         data = write_video(tmp_path / name, num_frames=3).read_bytes()
-    with fsspec.open(f"memory://street/{name}", "wb") as file:
-        file.write(data)
-    code, out, _ = run(f"memory://street/{name}")
+    web.files[f"/street/{name}"] = data
+    code, out, _ = run(f"{web.url}/street/{name}?signature=x")
     assert (code, out) == (0, f"a_panels.{name[2:]}\n")
 
 
-def test_a_download_is_bounded(run, monkeypatch):
-    with fsspec.open("memory://street/big.mp4", "wb") as file:
-        file.write(bytes(3 << 20))
+def test_a_download_is_bounded(run, web, monkeypatch):
+    web.files["/big.mp4"] = bytes(3 << 20)
     monkeypatch.setattr(footage, "MAX_DOWNLOAD_BYTES", 2 << 20)
-    code, out, err = run("memory://street/big.mp4")
+    code, out, err = run(f"{web.url}/big.mp4")
     assert (code, out) == (3, "")
     assert "big.mp4: too_large: " in err
 
@@ -380,8 +386,8 @@ def test_a_broken_image_is_quarantined(run, tmp_path):
     [
         (["none.jpg"], "none.jpg: no such file or folder"),
         (["EMPTY"], "no image or video here"),
-        (["memory://street/none.jpg"], "no such file"),
-        (["gopher://a/b.jpg"], "cannot be read"),
+        (["memory://street/none.jpg"], "unsupported storage scheme 'memory'"),
+        (["http://127.0.0.1:9/none.jpg"], "no public address"),
         (["IMAGE", "--short-side", "33"], "geometry.short_side_px"),
         (["IMAGE", "--device", "abacus"], "no such device"),
         (["IMAGE", "--device", "meta"], "no such device"),
