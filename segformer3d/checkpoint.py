@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from segformer3d.collective import gather
 from segformer3d.files import replaced_whole
 from segformer3d.recipe import RecipeError
+from segformer3d.weights import read_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,8 +59,13 @@ def reason(error: Exception) -> str:
 
 def _load(path: Path, device: torch.device) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = read_pickle(path, device)
         _ = state["recipe"], state["progress"]["step"]
+    except UnpicklingError:
+        raise RecipeError(
+            f"{path}: damaged, or holds more than tensors and plain values, which could run code: "
+            "it was not read; remove it to start anew"
+        ) from None
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged file
         raise RecipeError(f"{path}: damaged, remove it to start anew: {reason(error)}") from None
     return state

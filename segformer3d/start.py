@@ -13,7 +13,7 @@ from segformer3d.config import ModelConfig
 from segformer3d.encoder import TimmEncoder
 from segformer3d.model import Segformer3D, build_model
 from segformer3d.recipe import RecipeError, expanded
-from segformer3d.weights import WeightsError, load_weights
+from segformer3d.weights import WeightsError, load_weights, read_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -130,7 +130,7 @@ def load_imagenet_encoder(model: Segformer3D, package: str) -> None:
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
     if len(files) != 1:
         raise RecipeError(f"start.package: {package} holds {len(files)} .pth files, not one")
-    theirs = list(torch.load(files[0], map_location="cpu", weights_only=True).values())
+    theirs = list(read_pickle(files[0]).values())
     ours = model.encoder.model.state_dict()
     mapped: dict[str, Tensor] = {}
     for index, (name, tensor) in enumerate(ours.items()):

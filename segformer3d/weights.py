@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -223,11 +224,21 @@ def _import_pickle(path: Path) -> tuple[Segformer3D, WeightsInfo]:
     return _fitted_model(config, renamed), info
 
 
+def read_pickle(source: BinaryIO | Path, device: torch.device | str = "cpu") -> Any:
+    """Read what `torch.save` wrote, if it is tensors and plain values: nothing else is unpickled.
+
+    Raises:
+        UnpicklingError: It holds more, or is damaged; torch raises other kinds for damage too.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles that torch would not have written
+        return torch.load(source, map_location=device, weights_only=True)
+
+
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    data = BytesIO(path.read_bytes())
     try:
-        content = torch.load(data, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        content = read_pickle(BytesIO(path.read_bytes()))
+    except UnpicklingError as error:
         raise WeightsError(
             "refused, it is damaged or holds more than tensors and plain values, which could run "
             "code: save only its state dict with torch.save"
