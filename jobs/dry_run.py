@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, replace
 
 from jobs.plan import Plan, Planner
-from jobs.runner import load_weights
+from jobs.runner import load_weights, make_record
 from jobs.spec import JobSpec
 from pipeline.decode import decode_shard
 from pipeline.graph import choose_resources
@@ -72,13 +72,14 @@ def dry_run(spec: JobSpec) -> DryRun:
     Raises:
         UserError: If the archive or the weights cannot be opened.
     """
+    weights = load_weights(spec)
+    make_record(spec, weights)  # refuses what is no weights file, as a run does
     planner = Planner(spec)
     sample: list[ShardSpec] = []
     for shard in planner.shards():
         if not sample and any(part.error_kind is None for part in shard.slices):
             sample.append(shard)
     plan = planner.plan()
-    weights = load_weights(spec)
     return DryRun(plan=plan, estimate=estimate(spec, weights, plan, sample[0]) if sample else None)
 
 
