@@ -52,6 +52,7 @@ _MAX_BACKOFF_S = 5
 _CREDENTIALS_TTL = timedelta(minutes=10)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
+_BODY = re.compile(r"(?<=status code: )(\d{3}[^:\n]*):.*", re.DOTALL)
 _TRANSIENT = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "408", "429"}
 _MAX_REASON_CHARS = 300
 
@@ -195,6 +196,8 @@ def translate(url: str, bucket: str, error: Exception) -> StorageError:
     """Our exception for one of obstore's or botocore's, with one line and no credential in it."""
     reason = str(error).split("\n\nDebug source")[0]
     code = _code(error, reason)
+    # What is no S3 error may repeat our request, session token included.
+    reason = _BODY.sub(r"\1", reason)
     if code == "NoSuchBucket":
         return ObjectNotFoundError(f"{url}: {no_bucket(bucket)}")
     for kind, (types, statuses, text) in _KINDS.items():

@@ -91,6 +91,11 @@ def make_job(folder: Path, *, num_images: int = 10, frames: int = 2, bad: bool =
         },
         "the job",
     )
+    return plan_job(spec)
+
+
+def plan_job(spec: JobSpec) -> Job:
+    """A job of that spec, claimed and planned, wherever its output is."""
     store = open_output(spec)
     weights = untrained_weights(TINY)
     record = claim_output(store, make_record(spec, weights), single_driver=False)
