@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 UV_LOCK := .venv/uv.lock
 
-.PHONY: setup demo test check format chaos lock schema clean
+.PHONY: setup demo test check format chaos audit lock schema clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ check: setup
 # The slow suite: many kills, long runs.
 chaos: setup
 	$(BIN)/python -m pytest -m slow
+
+# bandit over the source, pip-audit over the lock file; fails too if its database is not reached.
+audit: setup
+	$(BIN)/python .ci/audit.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -175,9 +175,11 @@ class _Fetch:
 
 def _trouble(endpoint: str) -> str | None:
     """Why the hub cannot be reached, if so: its library tries for half a minute to find out."""
+    if not endpoint.startswith(("http://", "https://")):
+        return "no http(s) URL"
     request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310  the user's endpoint
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S):  # noqa: S310
+        with urllib.request.urlopen(request, timeout=_ANSWER_S):  # noqa: S310  # nosec B310
             return None
     except urllib.error.HTTPError:
         return None  # it answered

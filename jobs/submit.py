@@ -138,7 +138,7 @@ class _JobsServer:
         if with_token:
             headers |= get_auth_headers_if_auth_enabled({})
         request = Request(self.address + path, data, headers)  # noqa: S310  # http(s) only
-        with urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
+        with urlopen(request, timeout=timeout_s) as answer:  # noqa: S310  # nosec B310
             answer.read()
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     Thread(target=_listen, args=(channel, requests), daemon=True).start()
     send_event(channel, ["ready"])
     while True:
-        request, fd = requests.get()
+        request, fd = requests.get()  # nosec B113
         pulse = _Pulse(channel, request.limits.deadline_s)
         try:
             if isinstance(request, ProbeRequest):
@@ -97,7 +97,7 @@ def _confine(memory_bytes: int) -> None:
 def _listen(channel: socket.socket, requests: SimpleQueue[tuple[Request, int | None]]) -> None:
     while True:
         try:
-            requests.put(receive_request(channel))
+            requests.put(receive_request(channel))  # nosec B113
         except (EOFError, OSError):
             os._exit(0)
 

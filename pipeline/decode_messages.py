@@ -95,7 +95,7 @@ def receive_request(channel: socket.socket) -> tuple[Request, int | None]:
         raise EOFError
     header += _receive_exactly(channel, _LENGTH.size - len(header))
     payload = _receive_exactly(channel, _LENGTH.unpack(header)[0])
-    request = cast("Request", pickle.loads(payload))  # noqa: S301 - from our own parent
+    request = cast("Request", pickle.loads(payload))  # noqa: S301 - our own parent's  # nosec B301
     return request, (fds[0] if fds else None)
 
 

@@ -60,7 +60,7 @@ def parse_yaml(text: str) -> Any:
         StrictYamlError: It is not YAML, asks for an object, or has a key twice in one mapping.
     """
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  a SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - safe  # nosec B506
     except (yaml.YAMLError, ValueError) as error:
         raise StrictYamlError(f"not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:

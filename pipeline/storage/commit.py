@@ -116,4 +116,4 @@ def _read_back(store: Store, key: str, attempts: int) -> bytes | None:
 
 def _pause(attempt: int) -> None:
     longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-    time.sleep(longest_s * random.uniform(0.5, 1))  # noqa: S311 - jitter, not a secret
+    time.sleep(longest_s * random.uniform(0.5, 1))  # noqa: S311 - jitter  # nosec B311
