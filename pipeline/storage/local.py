@@ -71,6 +71,7 @@ class LocalStore(Store):
     def put(self, key: str, data: Data) -> None:
         path = self._path(key)
         with self._errors(key):
+            self._refuse_strangers_links(path.parent)
             try:
                 with _synced_file(path.parent, data) as source:
                     _replace(source, path)
@@ -81,16 +82,18 @@ class LocalStore(Store):
 
     def create(self, key: str, data: Data) -> None:
         path = self._path(key)
-        with self._errors(key), _synced_file(path.parent, data) as source:
-            try:
-                _link(source, path)
-            except _CannotLinkError as error:
-                message = (
-                    f"{self._name(key)}: this file system has no hard links, without which "
-                    "drivers cannot share a job; use another file system or S3"
-                )
-                raise NoHardLinksError(message) from error
-            _sync_folder(path.parent)
+        with self._errors(key):
+            self._refuse_strangers_links(path.parent)
+            with _synced_file(path.parent, data) as source:
+                try:
+                    _link(source, path)
+                except _CannotLinkError as error:
+                    message = (
+                        f"{self._name(key)}: this file system has no hard links, without which "
+                        "drivers cannot share a job; use another file system or S3"
+                    )
+                    raise NoHardLinksError(message) from error
+                _sync_folder(path.parent)
 
     def list(
         self, prefix: str = "", *, recursive: bool = True, on_error: OnError | None = None
@@ -168,6 +171,19 @@ class LocalStore(Store):
                 identity = (status.st_dev, status.st_ino)
                 if identity not in ancestors:
                     yield from self._walk(Path(entry.path), key, (*ancestors, identity), on_error)
+
+    def _refuse_strangers_links(self, folder: Path) -> None:
+        """Refuse to write where another user's link leads, who could not write there himself.
+
+        One's own links are followed, root's, and those of whoever owns the store's folder.
+        """
+        root = Path(self._root)
+        while folder != root:
+            owner = _link_owner(folder)
+            if owner is not None and owner not in {0, os.geteuid(), root.stat().st_uid}:
+                message = f"{printable(str(folder))}: a link that another user placed here"
+                raise StorageError(message)
+            folder = folder.parent
 
     def _folder(self, prefix: str) -> Path:
         prefix = prefix.strip("/")
@@ -317,6 +333,15 @@ def _replace(source: Path, target: Path) -> None:
 
 def _temporary_name(folder: Path) -> Path:
     return folder / f".{uuid4().hex}{_TEMPORARY_SUFFIX}"
+
+
+def _link_owner(path: Path) -> int | None:
+    """User id of whoever placed a link; None if there is no link."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_uid if stat.S_ISLNK(status.st_mode) else None
 
 
 def _make_folder(folder: Path) -> None:
