@@ -15,14 +15,16 @@ from uuid import uuid4
 import pytest
 
 from jobs import cli
+from jobs.runner import claim_job, reopen_job
 from jobs.spec import check_spec
 from pipeline import urls
-from pipeline.storage import open_store, s3_clients
+from pipeline.storage import StorageOptions, open_store, s3_clients
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY, plan_job
 from tests.media import encode_cv2, picture
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from tests.secrets_scan import files_below, leaks, objects_in
+from tests.web_server import serve
 
 CANARY = "canary-1f6c9e-never-written"
 SECRETS = (CANARY, ACCESS_KEY_ID, SECRET_ACCESS_KEY)
@@ -303,3 +305,30 @@ def test_submit_says_nothing_of_the_token_or_a_password(said, tmp_path, monkeypa
     said.refused(*words, f"http://user:{CANARY}@127.0.0.1:9")
     said.refused(*words, "http://127.0.0.1:9")
     assert not (tmp_path / "work" / "job").exists()
+
+
+def test_the_signature_in_a_weights_url_is_not_recorded(said, weights, tmp_path, monkeypatch):
+    """A job keeps its weights itself; the URL is only where they came from."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(encode_cv2(picture(), ".jpg"))
+    monkeypatch.setenv(urls.ALLOW_PRIVATE, "1")
+    with serve() as web:
+        web.files["/tiny.safetensors"] = weights.read_bytes()
+        fields = {
+            "input": {"url": str(tmp_path / "in")},
+            "output": {"url": str(tmp_path / "job")},
+            "geometry": {"short_side_px": 64},
+            "model": {"weights": f"{web.url}/tiny.safetensors?X-Amz-Signature={CANARY}"},
+        }
+        job = claim_job(check_spec(fields, "the job"))
+        assert web.asked == [f"/tiny.safetensors?X-Amz-Signature={CANARY}"]
+        assert job.store.head(job.record.weights_key) is not None
+        assert reopen_job(job.store.url, StorageOptions()).spec.model.weights == (
+            f"{web.url}/tiny.safetensors"
+        )
+        said.run("status", job.store.url)
+        said.refused(
+            *("run", "--input", tmp_path / "in", "--output", "other"),
+            *("--weights", f"{web.url}/none.safetensors?X-Amz-Signature={CANARY}"),
+        )
+    assert leaks(files_below(tmp_path), [CANARY]) == []
