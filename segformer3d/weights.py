@@ -236,8 +236,9 @@ def read_pickle(source: BinaryIO | Path, device: torch.device | str = "cpu") -> 
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
+    data = BytesIO(path.read_bytes())
     try:
-        content = read_pickle(BytesIO(path.read_bytes()))
+        content = read_pickle(data)
     except UnpicklingError as error:
         raise WeightsError(
             "refused, it is damaged or holds more than tensors and plain values, which could run "
