@@ -52,11 +52,11 @@ def test_plain_data_is_read(text, expected):
 )
 def test_anything_else_is_one_line_and_runs_nothing(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(StrictYamlError) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert not list(tmp_path.iterdir())
 
 
@@ -67,6 +67,6 @@ def test_bombs_as_keys_are_not_compared():
 
 
 def test_a_long_mapping_is_read_in_no_time():
-    started = time.monotonic()
+    started = time.process_time()
     assert len(parse_yaml("\n".join(f"k{index}: 1" for index in range(3000)))) == 3000
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
