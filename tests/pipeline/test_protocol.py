@@ -9,7 +9,7 @@ modelled. Then mutants are put in, the design's five and two more, and each must
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import cast
@@ -21,21 +21,27 @@ from jobs import runner
 from jobs.manifest import Manifest
 from jobs.plan import Plan
 from pipeline import commit
-from pipeline.errors import ObjectExistsError, StorageError, StoreUnavailableError
+from pipeline.errors import StorageError
 from pipeline.layout import Generation, attempt_of
 from pipeline.records import CommitRecord, FrameRecord
 from pipeline.storage import Store, create_once
-from tests.virtual_store import Explorer, Objects, Place, Program, VirtualStore
+from tests.mutants import (
+    Mutant,
+    cleaned_in_doubt,
+    collected_undecided,
+    exists_then_put,
+    same_data_key,
+    trusted_refusal,
+    uncollected,
+    unconditional_put,
+)
+from tests.virtual_store import Explorer, Objects, Place, Program
 
 GENERATION = Generation()
 COMMIT_KEY = GENERATION.commit_key(0)
 FRAMES = (FrameRecord(asset="a.jpg", frame_index=0, pts_s=None, width=64, height=64),)
 WORKERS = ("worker 1", "worker 2")
-NOTHING = CommitRecord(
-    shard_id=0, plan_id="", attempt="", files=(), num_rows=0, num_ok=0, quarantined=()
-)
 
-Mutant = Callable[[pytest.MonkeyPatch], None]
 _names = random.Random()
 
 
@@ -186,63 +192,6 @@ def test_no_schedule_with_a_second_driver_does(monkeypatch: pytest.MonkeyPatch) 
     plan = plan_of(1)
     third = partial(drive, "collector", plan)
     check(explorer(plan, num_faults=1, third=third), 10_000)
-
-
-def exists_then_put(patch: pytest.MonkeyPatch) -> None:
-    def look_first(store: Store, key: str, data: bytes) -> bytes:
-        if store.exists(key):
-            return store.read(key)
-        store.put(key, data)
-        return data
-
-    patch.setattr(commit, "create_once", look_first)
-
-
-def same_data_key(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(commit, "uuid", SimpleNamespace(uuid4=lambda: UUID(int=0)))
-
-
-def unconditional_put(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(VirtualStore, "create", VirtualStore.put)
-
-
-def trusted_refusal(patch: pytest.MonkeyPatch) -> None:
-    def believe(store: Store, key: str, data: bytes) -> bytes:
-        try:
-            store.create(key, data)
-        except ObjectExistsError:
-            return store.read(key) + b" "  # what stands there, taken for another's unseen
-        except StorageError:
-            return create_once(store, key, data)
-        return data
-
-    patch.setattr(commit, "create_once", believe)
-
-
-def collected_undecided(patch: pytest.MonkeyPatch) -> None:
-    real = runner.collect_orphans
-
-    def collect_all(
-        store: Store, generation: Generation, plan: Plan, records: Sequence[CommitRecord]
-    ) -> int:
-        return real(store, generation, plan, [NOTHING, *records])
-
-    patch.setattr(runner, "collect_orphans", collect_all)
-
-
-def cleaned_in_doubt(patch: pytest.MonkeyPatch) -> None:
-    def give_up(store: Store, key: str, data: bytes) -> bytes:
-        try:
-            return create_once(store, key, data, attempts=1)
-        except StoreUnavailableError:
-            store.delete(GENERATION.prefix + file.path for file in _record(data).files)
-            raise
-
-    patch.setattr(commit, "create_once", give_up)
-
-
-def uncollected(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(runner, "collect_orphans", lambda *_: 0)
 
 
 @pytest.mark.parametrize(
