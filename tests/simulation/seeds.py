@@ -1,0 +1,89 @@
+"""Many seeds of the simulation, in this process or on all cores, and what they came to."""
+
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from tests.simulation.job import simulate, simulation
+from tests.simulation.world import MISHAPS
+
+# Without any of these, a run of many seeds would prove little.
+MUST_HAPPEN = (
+    *MISHAPS,
+    "commits won",
+    "commits lost",
+    "snapshots",
+    "signals",
+    "cancels",
+    "repeated tasks",
+    "workers replaced",
+    "resumes that were cancelled",
+    "seeds with 16 drivers",
+)
+_CHUNK = 250
+_PROGRESS_EVERY_S = 30.0
+
+
+def run_seeds(seeds: Iterable[int]) -> Counter[str]:
+    """Run seeds one after the other and count what happened in them.
+
+    Raises:
+        AssertionError: At the first that breaks a rule, with its whole schedule.
+    """
+    counts: Counter[str] = Counter()
+    with simulation():
+        for seed in seeds:
+            outcome = simulate(seed)
+            if outcome.broken:
+                message = (
+                    f"seed {seed} breaks a rule: {outcome.broken}\n{outcome.schedule}\n"
+                    f"once more: SIMULATION_SEED={seed} pytest -s tests/simulation -k once_more"
+                )
+                raise AssertionError(message)
+            counts.update(outcome.counts)
+            counts["seeds"] += 1
+    return counts
+
+
+def run_on_all_cores(first: int, count: int, say: Callable[[str], None]) -> Counter[str]:
+    """Run ``count`` seeds in processes, one per core, and say now and then how far they are."""
+    counts: Counter[str] = Counter()
+    started = said = time.monotonic()
+    chunks = [
+        range(start, min(start + _CHUNK, first + count))
+        for start in range(first, first + count, _CHUNK)
+    ]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run_seeds, chunk) for chunk in chunks]):
+            try:
+                counts.update(done.result())
+            except AssertionError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            now = time.monotonic()
+            if now - said > _PROGRESS_EVERY_S:
+                said = now
+                rate = counts["seeds"] / (now - started)
+                left_min = (count - counts["seeds"]) / rate / 60
+                say(f"{counts['seeds']:,} seeds, {rate:.0f}/s, {left_min:.0f} min left")
+    return counts
+
+
+def proof(counts: Counter[str], seconds: float) -> str:
+    """One line of figures."""
+    num_faults = sum(counts[name] for name in MISHAPS)
+    return (
+        f"PROOF simulation: {counts['seeds']:,} seeds in {seconds:.0f} s, "
+        f"{counts['drivers']:,} drivers, {counts['requests']:,} requests, "
+        f"{num_faults:,} faults of {len(MISHAPS)} kinds, "
+        f"{counts['shards']:,} shards decided, {counts['commits lost']:,} attempts lost, "
+        f"{counts['snapshots']:,} snapshots, 0 rules broken"
+    )
+
+
+def check_happened(counts: Counter[str]) -> None:
+    """Assert that all that should have been met with was."""
+    assert [name for name in MUST_HAPPEN if not counts[name]] == []
