@@ -46,9 +46,10 @@ class Job:
             write_png=self.spec.output.png,
         )
         stage = PublishShard(context)
-        return [stage.publish(self._annotated(self.shards[shard_id])) for shard_id in shard_ids]
+        return [stage.publish(self.annotated(self.shards[shard_id])) for shard_id in shard_ids]
 
-    def _annotated(self, shard: ShardSpec) -> AnnotatedShard:
+    def annotated(self, shard: ShardSpec) -> AnnotatedShard:
+        """What the model could have made of a shard."""
         frames = tuple(
             FrameRecord(
                 asset=part.asset,
