@@ -656,7 +656,13 @@ def simulation() -> Iterator[None]:
         patch.setattr(stages, "encode_shard", lambda shard, *_, **__: _here().encode(shard))
         patch.setattr(stages, "commit_attempt", lambda *given: _here().commit(*given))
         patch.setattr(stages, "write_png_tree", _write_pngs)
-        yield
+        # Tables of a few rows are not worth a handover to Arrow's threads.
+        num_threads = pa.cpu_count()
+        pa.set_cpu_count(1)
+        try:
+            yield
+        finally:
+            pa.set_cpu_count(num_threads)
 
 
 def _set_shards_per_range(number: int) -> None:
