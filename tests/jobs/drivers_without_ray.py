@@ -71,7 +71,7 @@ def drive(url: str, start: Any, answers: Any) -> None:
     store = open_store(url, StorageOptions())
     record = read_job(store)
     spec = record.job_spec()
-    open_job = OpenJob(store=store, record=record, spec=spec)
+    open_job = OpenJob(store, record, spec, runner.newest_generation(store))
     plan = read_plan(store, open_job.generation)
     assert plan is not None
     job = Job(spec=spec, store=store, record=record, plan=plan, shards=[])

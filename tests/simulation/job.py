@@ -217,7 +217,9 @@ class SimulatedJob:
 
     def _drive(self) -> RunResult:
         me = self.world.me
-        job = OpenJob(store=self.world.store, record=_RECORD, spec=_SPECS[self.has_pngs])
+        store = self.world.store
+        generation = runner.newest_generation(store)
+        job = OpenJob(store, _RECORD, _SPECS[self.has_pngs], generation)
         result = runner.drive(job)
         self._check_result(me, result)
         return result

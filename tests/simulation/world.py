@@ -169,7 +169,7 @@ class World:
         self._mishaps = {name: rng.random() ** 2 for name in MISHAPS if rng.random() < 0.6}
         self._rate = rng.choice((0.0, 0.02, 0.05, 0.1, 0.2)) if self._mishaps else 0.0
         self._latency_s = rng.choice((0.02, 0.2, 2.0))
-        self._page = rng.choice((None, None, 1, 2, 4))
+        self._page = rng.choice((None, None, None, 1, 3))
         self._lists_backwards = rng.random() < 0.5
 
     # Clients and time.
