@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
+from jobs.progress import say
 from jobs.spec import RaySection
 from pipeline.errors import JobError, UserError
 
@@ -24,6 +25,7 @@ _IDLE_WORKER_MS = "600000"
 _GRACE_S = 3.0
 _ANSWER_S = 5.0
 _RAYLET_S = 10.0
+_NEWS_CHARS = 200
 _EXIT_INTERRUPTED = 130
 _AUTH_HELP = (
     "set RAY_AUTH_MODE=token on every node and here (`ray get-auth-token --generate` makes a token)"
@@ -123,7 +125,20 @@ def _import_ray() -> ModuleType:
     # What stops a run is raised as well; Ray would print its traceback besides.
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    ray._private.worker.print_to_stdstream = _pass_on
     return cast("ModuleType", ray)
+
+
+_news_said: set[str] = set()
+
+
+def _pass_on(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+    """Say once what Ray has to tell; it would print it on standard output, the result's place."""
+    for line in data["lines"]:
+        text = " ".join(str(line).split())
+        if text not in _news_said:
+            _news_said.add(text)
+            say(f"Ray: {text[:_NEWS_CHARS]}{'...' if len(text) > _NEWS_CHARS else ''}")
 
 
 def _find_cluster(named: str) -> str:
