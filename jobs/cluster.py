@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import tempfile
 import threading
 import time
@@ -25,6 +26,9 @@ _IDLE_WORKER_MS = "600000"
 _GRACE_S = 3.0
 _ANSWER_S = 5.0
 _RAYLET_S = 10.0
+_HEAD_CHECK_S = 5.0
+# A head that is restarted may come back; after 60 s without one Ray ends its drivers wordlessly.
+_HEAD_GONE_S = 45.0
 _NEWS_CHARS = 200
 _EXIT_INTERRUPTED = 130
 _AUTH_HELP = (
@@ -206,6 +210,7 @@ def _join(address: str) -> None:
     except (ConnectionError, RuntimeError) as error:
         message = f"the Ray cluster at {address}: {_first_line(error.__cause__ or error)}"
         raise JobError(message) from None
+    threading.Thread(target=_watch_cluster, args=(address,), name="ray-watch", daemon=True).start()
 
 
 def _await_raylet(address: str) -> None:
@@ -270,6 +275,49 @@ def _literal_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = kept
 
 
+def _watch_cluster(address: str) -> None:
+    """End this process with a clear line if what it needs of the cluster is gone for good.
+
+    Ray ends a driver without a word when its own node's raylet dies, and a minute after the head.
+    """
+    from ray._private import worker
+
+    heard_s = asked_s = time.monotonic()
+    while (node := worker._global_node) is not None:
+        if not _listens(node.raylet_socket_name):
+            _stop_at_once("this machine's Ray node was stopped")
+        if time.monotonic() - asked_s > _HEAD_CHECK_S:
+            asked_s = time.monotonic()
+            if _answer(address, with_token=True) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}:
+                heard_s = time.monotonic()
+            elif time.monotonic() - heard_s > _HEAD_GONE_S:
+                _stop_at_once(f"the head of the Ray cluster at {address} is gone")
+        time.sleep(1.0)
+
+
+def _listens(path: str) -> bool:
+    """Whether anybody still listens on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            # Busy, for one: only who is surely gone is taken for gone.
+            return True
+    return True
+
+
+def _stop_at_once(why: str) -> None:
+    """End this process unless it is leaving Ray already; a resume goes on."""
+    from ray._private import worker
+
+    if worker._global_node is not None:
+        message = f"segformer3d: {why}; what is committed stays, resume the job\n"
+        os.write(2, message.encode())
+        os._exit(_EXIT_INTERRUPTED)
+
+
 def _watch_daemons() -> None:
     """End this process soon after the embedded Ray dies under it (Ray itself waits a minute).
 
@@ -280,11 +328,7 @@ def _watch_daemons() -> None:
     while (node := worker._global_node) is not None:
         if node.dead_processes():
             time.sleep(_GRACE_S)
-            if worker._global_node is None:
-                return
-            message = "segformer3d: Ray was stopped; what is committed stays, resume the job\n"
-            os.write(2, message.encode())
-            os._exit(_EXIT_INTERRUPTED)
+            _stop_at_once("Ray was stopped")
         time.sleep(1.0)
 
 

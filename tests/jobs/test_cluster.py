@@ -1,5 +1,7 @@
 """What stands between us and Ray, without Ray."""
 
+import socket
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +26,15 @@ def test_ray_prints_its_news_through_us() -> None:
     worker = cluster._import_ray()._private.worker
     assert worker.print_to_stdstream is cluster._pass_on
     assert "print_to_stdstream" in worker.listen_error_messages.__code__.co_names
+
+
+def test_a_socket_that_nobody_listens_on_any_more_is_told_from_one_that_is_busy(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "raylet")
+    assert not cluster._listens(path)
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(path)
+        daemon.listen(1)
+        assert cluster._listens(path)
+    assert not cluster._listens(path)
