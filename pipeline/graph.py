@@ -37,8 +37,10 @@ _IO_TASK_CPUS = 1 / 32
 # A CPU actor asks for less than the core it keeps busy, so that decode and publish always have
 # room: actors that take every core would starve their own feed.
 _CPU_ACTOR_CPUS = 0.75
-# Each guilty frame takes two, and a shard that waits for its turn loses one to each death before
-# it. Who needs them all dies without having noted at what.
+# Until a node that vanished is declared dead, for a minute or so, each second or two of trying to
+# reach its actor costs a retry: with three, every lost node stopped the run. A frame that kills its
+# process takes two, and a shard that waits for its turn one for each death before it. Who needs
+# them all dies without having noted at what.
 _MAX_SHARD_RETRIES = 100
 _EXIT_DEVICE_LOST = 70
 
