@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +89,8 @@ class JobUnderTest:
         folder: A local place for what the processes print.
         settings: What ``--set`` is given.
         mark: What all processes of the job carry in their environment.
+        module: What is run as the command line.
+        environment: What its environment holds besides: where a cluster is, for one.
     """
 
     archive: str
@@ -97,6 +99,8 @@ class JobUnderTest:
     folder: Path
     settings: tuple[str, ...] = SETTINGS
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    module: str = "jobs.cli"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def store(self) -> Store:
@@ -123,13 +127,14 @@ class JobUnderTest:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith("RAY_")
         }
+        own = {_MARK: self.mark, "RAY_TMPDIR": str(ray_folder(self.folder))}
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", *arguments],
+                [sys.executable, "-m", self.module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env=inherited | {_MARK: self.mark, "RAY_TMPDIR": str(ray_folder(self.folder))},
+                env={**inherited, **own, **self.environment},
                 process_group=0,
             )
         return Driver(process=process, out=out, err=err)
