@@ -28,7 +28,7 @@ _ANSWER_S = 5.0
 _RAYLET_S = 10.0
 _HEAD_CHECK_S = 5.0
 # A head that is restarted may come back; after 60 s without one Ray ends its drivers wordlessly.
-_HEAD_GONE_S = 45.0
+_HEAD_GONE_S = 40.0
 _NEWS_CHARS = 200
 _EXIT_INTERRUPTED = 130
 _AUTH_HELP = (
@@ -282,15 +282,19 @@ def _watch_cluster(address: str) -> None:
     """
     from ray._private import worker
 
-    heard_s = asked_s = time.monotonic()
+    asked_s = time.monotonic()
+    # Not since it was last heard: this process may have stood still itself.
+    silent_since_s: float | None = None
     while (node := worker._global_node) is not None:
         if not _listens(node.raylet_socket_name):
             _stop_at_once("this machine's Ray node was stopped")
         if time.monotonic() - asked_s > _HEAD_CHECK_S:
             asked_s = time.monotonic()
             if _answer(address, with_token=True) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}:
-                heard_s = time.monotonic()
-            elif time.monotonic() - heard_s > _HEAD_GONE_S:
+                silent_since_s = None
+            elif silent_since_s is None:
+                silent_since_s = asked_s
+            elif time.monotonic() - silent_since_s > _HEAD_GONE_S:
                 _stop_at_once(f"the head of the Ray cluster at {address} is gone")
         time.sleep(1.0)
 
