@@ -1,0 +1,298 @@
+"""Every step of a job that changes its storage, by name; and a driver that dies at one of them.
+
+A point is the n-th time that writes of one kind come to one step. Drivers run in processes forked
+from a clean one that has everything imported, and die by SIGKILL.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from tqdm import tqdm
+
+from pipeline.layout import Generation
+from pipeline.storage import Store, local
+from pipeline.storage.local import LocalStore
+
+_KINDS = (
+    (r"job\.json", "job"),
+    (r"weights/.*", "weights"),
+    (r"probe/.*", "probe"),
+    (r"lease/lease-.*", "lease"),
+    (r"lease/heartbeat-.*", "heartbeat"),
+    (r"lease/cancel-.*", "cancel marker"),
+    (r"manifest/snapshot-.*", "snapshot"),
+    (r"png/.*", "png"),
+    (r"gen-\d+/plan/part-.*", "plan part"),
+    (r"gen-\d+/plan/plan\.json", "plan"),
+    (r"gen-\d+/data/.*", "data"),
+    (r"gen-\d+/commit/.*", "commit record"),
+    (r"gen-\d+/png-done/.*", "png marker"),
+    (r"gen-\d+/_SUCCESS\.json", "success"),
+)
+BEFORE, AFTER = "before", "after"
+UNSYNCED = "written, before its fsync"
+UNLINKED = "before its link"
+LINKED = "linked, before the folder's fsync"
+UNRENAMED = "linked, before its rename"
+
+
+class Point(NamedTuple):
+    """A moment in a run.
+
+    Attributes:
+        label: Verb and kind of object.
+        number: Which of the writes of that label that come so far, from 1.
+        step: How far.
+    """
+
+    label: str
+    number: int
+    step: str
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.number}: {self.step}"
+
+
+def kind_of(key: str) -> str:
+    """What an object of a job is, by its key."""
+    for pattern, kind in _KINDS:
+        if re.fullmatch(pattern, key):
+            return kind
+    return key.partition("/")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What a forked driver shall do.
+
+    Attributes:
+        arguments: Its command line.
+        environment: What to change in its environment.
+        footage: File of the archive's ``Footage``; None decodes for real.
+        die_at: Where it kills itself; None lets it run.
+        rival: Whether another planner is faster by a hair.
+        repeat_every: As of ``without_ray``.
+        points: File that it writes the points to that it came by.
+        said: File for its standard error.
+    """
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    footage: Path | None = None
+    die_at: Point | None = None
+    rival: bool = False
+    repeat_every: int = 0
+    points: Path | None = None
+    said: Path
+
+
+def start(orders: Orders) -> ForkServerProcess:
+    """A driver in a process of its own."""
+    process = _forks().Process(target=_work, args=(orders,), daemon=True)
+    process.start()
+    return process
+
+
+def run(orders: Orders) -> int:
+    """Run a driver to its end; its exit code, ``-SIGKILL`` if it died of that."""
+    process = start(orders)
+    process.join()
+    code = process.exitcode
+    process.close()
+    assert code is not None
+    return code
+
+
+def points_of(orders: Orders) -> list[Point]:
+    """What a run has written down."""
+    assert orders.points is not None
+    return [Point(*item) for item in json.loads(orders.points.read_text())]
+
+
+@cache
+def _forks() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.jobs.crash_points_preload"])
+    return context
+
+
+def _work(orders: Orders) -> None:
+    import jobs.cli
+    from tests.jobs.local_graph import Footage, without_ray
+
+    # Its own lock is a semaphore of the system, which a killed process would leave behind.
+    tqdm.set_lock(threading.RLock())
+    os.environ.update(orders.environment)
+    descriptor = os.open(orders.said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    watch = Watch(orders.die_at)
+    with ExitStack() as stack:
+        stack.enter_context(without_ray(repeat_every=orders.repeat_every))
+        stack.enter_context(watch.watching())
+        if orders.footage is not None:
+            stack.enter_context(Footage.load(orders.footage).used())
+        if orders.rival:
+            stack.enter_context(_rival_planner())
+        code = jobs.cli.run(orders.arguments)
+    if orders.points is not None:
+        orders.points.write_text(json.dumps(watch.points))
+    sys.exit(code)
+
+
+@contextmanager
+def _rival_planner() -> Iterator[None]:
+    """Let another planner of the same archive fix its plan just before the first one does."""
+    import jobs.plan
+    from jobs.record import read_job
+
+    plain, busy = jobs.plan.create_once, []
+
+    def create_once(store: Store, key: str, data: bytes) -> bytes:
+        if kind_of(key) == "plan" and not busy:
+            busy.append(key)
+            spec = read_job(store).job_spec()
+            jobs.plan.make_plan(store, Generation(0), spec)
+        return plain(store, key, data)
+
+    with patch("jobs.plan.create_once", create_once):
+        yield
+
+
+class Watch:
+    """Notes every step that changes a store, and may end the process at one.
+
+    Args:
+        die_at: At which.
+    """
+
+    def __init__(self, die_at: Point | None = None) -> None:
+        self.points: list[Point] = []
+        self._die_at = die_at
+        self._numbers: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+        self._current = threading.local()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch all stores of this process."""
+        from pipeline.storage.s3 import S3Store
+
+        with ExitStack() as stack:
+            for kind in (LocalStore, S3Store):
+                for verb in ("put", "create"):
+                    write = self._write(verb, getattr(kind, verb))
+                    stack.enter_context(patch.object(kind, verb, write))
+            one_by_one = self._delete_each(LocalStore.delete)
+            stack.enter_context(patch.object(LocalStore, "delete", one_by_one))
+            batch = self._delete_batch(S3Store._delete_batch)
+            stack.enter_context(patch.object(S3Store, "_delete_batch", batch))
+            stack.enter_context(self._steps_of_a_file())
+            yield
+
+    @contextmanager
+    def _steps_of_a_file(self) -> Iterator[None]:
+        link, sync_folder, sync, replace = (
+            local._link,
+            local._sync_folder,
+            os.fsync,
+            Path.replace,
+        )
+
+        def watched_sync(descriptor: int) -> None:
+            self._step(UNSYNCED)
+            sync(descriptor)
+
+        def watched_link(source: Path, target: Path) -> None:
+            self._step(UNLINKED)
+            link(source, target)
+            self._current.linked = True
+
+        def watched_sync_folder(folder: Path) -> None:
+            # Making a folder syncs its parent, too.
+            if getattr(self._current, "linked", False):
+                self._step(LINKED)
+            with self._paused():
+                sync_folder(folder)
+
+        def watched_replace(source: Path, target: Path) -> Path:
+            self._step(UNRENAMED)
+            return replace(source, target)
+
+        with (
+            patch.object(local, "_link", watched_link),
+            patch.object(local, "_sync_folder", watched_sync_folder),
+            patch.object(os, "fsync", watched_sync),
+            patch.object(Path, "replace", watched_replace),
+        ):
+            yield
+
+    def _write(self, verb: str, plain: Callable[..., None]) -> Callable[..., None]:
+        def write(store: Store, key: str, data: bytes) -> None:
+            with self._named(f"{verb} {kind_of(key)}"):
+                self._step(BEFORE)
+                plain(store, key, data)
+                self._step(AFTER)
+
+        return write
+
+    def _delete_each(self, plain: Callable[..., None]) -> Callable[..., None]:
+        def delete(store: Store, keys: Iterable[str]) -> None:
+            for key in keys:
+                with self._named(f"delete {kind_of(key)}"):
+                    self._step(BEFORE)
+                    plain(store, [key])
+                    self._step(AFTER)
+
+        return delete
+
+    def _delete_batch(self, plain: Callable[..., None]) -> Callable[..., None]:
+        def delete(store: Any, names: Sequence[str]) -> None:
+            kinds = sorted({kind_of(name.removeprefix(store._base)) for name in names})
+            with self._named(f"delete {' and '.join(kinds)}"):
+                self._step(BEFORE)
+                plain(store, names)
+                self._step(AFTER)
+
+        return delete
+
+    @contextmanager
+    def _named(self, label: str) -> Iterator[None]:
+        self._current.label, self._current.linked = label, False
+        try:
+            yield
+        finally:
+            self._current.label = None
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        label, self._current.label = getattr(self._current, "label", None), None
+        try:
+            yield
+        finally:
+            self._current.label = label
+
+    def _step(self, step: str) -> None:
+        label = getattr(self._current, "label", None)
+        if label is None:
+            return
+        with self._lock:
+            self._numbers[label, step] += 1
+            point = Point(label, self._numbers[label, step], step)
+            if point == self._die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.points.append(point)
