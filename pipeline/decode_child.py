@@ -36,6 +36,7 @@ from pipeline.decode_messages import (
     send_event,
 )
 from pipeline.errors import (
+    CredentialsError,
     ErrorKind,
     InputError,
     ObjectForbiddenError,
@@ -74,7 +75,7 @@ def main() -> None:
                 _probe(request, pulse)
             elif fd is not None:
                 _decode(request, fd, pulse)
-        except UserError as error:
+        except (UserError, CredentialsError) as error:
             pulse.emit(["refused", str(error)])
         pulse.rest()
         send_event(channel, ["done"])
@@ -209,6 +210,8 @@ def _deliver(
                 resize(frame, request.size, out=pixels[slot])
                 pulse.emit(["frame", slot])
             del left[slot]
+    except CredentialsError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever an input does to a decoder is its error
         kind, message = _typed(error)
         for slot in left:
@@ -281,6 +284,8 @@ def _probe(request: ProbeRequest, pulse: _Pulse) -> None:
             probe = partial(_probe_video, store, asset, request.limits, pulse)
         try:
             pulse.emit(["probe", index, _fields(probe())])
+        except CredentialsError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever an input does to a decoder is its error
             pulse.emit(["error", index, *_typed(error)])
     heads.close()

@@ -6,6 +6,7 @@ Segformer3dError
 |- StorageError           an object or a file could not be read or written
 |  |- ObjectNotFoundError
 |  |- ObjectForbiddenError
+|  |  `- CredentialsError   ours are expired or unknown: no object's fault
 |  `- StoreUnavailableError   transient: worth another try
 |- InputError             one frame or asset is bad: becomes a typed row, never ends a job
 `- JobError               the run cannot go on; nothing committed is lost
@@ -52,6 +53,10 @@ class ObjectNotFoundError(StorageError):
 
 class ObjectForbiddenError(StorageError):
     """The store refuses access."""
+
+
+class CredentialsError(ObjectForbiddenError):
+    """The store does not know us, or no longer; says nothing of the object."""
 
 
 class ObjectExistsError(StorageError):

@@ -53,52 +53,61 @@ def probe_conditional_writes(store: Store, prefix: str) -> bool:
     """Whether exactly one of 16 racing creates of a fresh key below ``prefix`` succeeds.
 
     Raises:
+        StoreUnavailableError: The store fails too often to tell.
         StorageError: The store cannot be written at all.
     """
+    num_refused = 0
+    failure: StorageError | None = None
     for _ in range(_PROBE_ROUNDS):
         key = f"{prefix.rstrip('/')}/probe-{uuid4().hex}".lstrip("/")
         try:
-            winners = _race(store, key)
+            outcomes = _race(store, key)
+            winners = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
             if len(winners) > 1:
                 return False
             if winners:
-                return _holds(store, key, winners[0])
-            if not store.exists(key):
+                late = _late_create(store, key)
+                if late is None or isinstance(late, ObjectExistsError):
+                    return late is not None and store.read(key) == winners[0]
+                failure = late
+            elif store.exists(key):
+                failure = next(item for item in outcomes if isinstance(item, StorageError))
+            else:
                 # Nobody won: either the condition is refused, or every write is, which raises.
                 store.put(key, b"probe")
-                return False
+                num_refused += 1
         finally:
             store.delete([key])
-    return False
+    if num_refused == _PROBE_ROUNDS:
+        return False
+    message = f"{store.url}: cannot tell whether this store obeys conditional writes: {failure}"
+    raise StoreUnavailableError(message)
 
 
-def _race(store: Store, key: str) -> list[bytes]:
+def _race(store: Store, key: str) -> list[bytes | StorageError]:
     barrier = Barrier(_PROBE_WRITERS)
 
-    def write(index: int) -> bytes | None:
+    def write(index: int) -> bytes | StorageError:
         data = f"{key} {index}".encode()
         barrier.wait()
         try:
             store.create(key, data)
         except NoHardLinksError:
             raise
-        except StorageError:
-            return None
+        except StorageError as error:
+            return error
         return data
 
     with ThreadPoolExecutor(_PROBE_WRITERS) as pool:
-        outcomes = list(pool.map(write, range(_PROBE_WRITERS)))
-    return [data for data in outcomes if data is not None]
+        return list(pool.map(write, range(_PROBE_WRITERS)))
 
 
-def _holds(store: Store, key: str, winner: bytes) -> bool:
+def _late_create(store: Store, key: str) -> StorageError | None:
     try:
         store.create(key, b"late")
-    except ObjectExistsError:
-        return store.read(key) == winner
-    except StorageError:
-        return False
-    return False
+    except StorageError as error:
+        return error
+    return None
 
 
 def _read_back(store: Store, key: str, attempts: int) -> bytes | None:

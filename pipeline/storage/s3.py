@@ -116,16 +116,23 @@ class S3Store(Store):
             return b""
 
     def head(self, key: str) -> ObjectInfo | None:
-        name = self._base + key
         try:
-            with self._errors(key):
-                if _is_odd(name):
-                    answer = self._clients.boto.head_object(Bucket=self._bucket, Key=name)
-                    return _info(key, answer["ContentLength"], answer["ETag"])
-                meta = obstore.head(self._clients.reader, name)
-                return _info(key, meta["size"], meta["e_tag"])
+            return self._head_object(key)
         except ObjectNotFoundError:
             return None
+        except ObjectForbiddenError:
+            # An answer to HEAD has no body that says whose fault it is; one to GET has.
+            self.read_range(key, 0, 1)
+            raise
+
+    def _head_object(self, key: str) -> ObjectInfo:
+        name = self._base + key
+        with self._errors(key):
+            if _is_odd(name):
+                answer = self._clients.boto.head_object(Bucket=self._bucket, Key=name)
+                return _info(key, answer["ContentLength"], answer["ETag"])
+            meta = obstore.head(self._clients.reader, name)
+            return _info(key, meta["size"], meta["e_tag"])
 
     def put(self, key: str, data: Data) -> None:
         name = self._base + key

@@ -25,6 +25,7 @@ from obstore.exceptions import (
 from obstore.store import S3Store as ObjectStore
 
 from pipeline.errors import (
+    CredentialsError,
     ObjectExistsError,
     ObjectForbiddenError,
     ObjectNotFoundError,
@@ -53,7 +54,16 @@ _CREDENTIALS_TTL = timedelta(minutes=10)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 _BODY = re.compile(r"(?<=status code: )(\d{3}[^:\n]*):.*", re.DOTALL)
-_TRANSIENT = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "408", "429"}
+_TRANSIENT = {"RequestTimeout", "SlowDown", "Throttling", "408", "429"}
+_BAD_CREDENTIALS = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
 _MAX_REASON_CHARS = 300
 
 
@@ -64,7 +74,7 @@ class BeyondEndError(StorageError):
 _KINDS: dict[type[StorageError], tuple[tuple[type[Exception], ...], set[int], str]] = {
     ObjectNotFoundError: ((FileNotFoundError,), {404}, "no such object"),
     ObjectForbiddenError: (
-        (PermissionDeniedError, UnauthenticatedError, NoCredentialsError),
+        (PermissionDeniedError, UnauthenticatedError),
         {401, 403},
         "access denied",
     ),
@@ -200,6 +210,8 @@ def translate(url: str, bucket: str, error: Exception) -> StorageError:
     reason = _BODY.sub(r"\1", reason)
     if code == "NoSuchBucket":
         return ObjectNotFoundError(f"{url}: {no_bucket(bucket)}")
+    if code in _BAD_CREDENTIALS or isinstance(error, NoCredentialsError):
+        return CredentialsError(f"{url}: access denied ({code or 'no credentials'})")
     for kind, (types, statuses, text) in _KINDS.items():
         if isinstance(error, types) or _status(error) in statuses:
             return kind(f"{url}: {text}" + (f" ({code})" if code else ""))

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import (
+    CredentialsError,
     InputError,
     ObjectExistsError,
     ObjectForbiddenError,
@@ -752,6 +753,37 @@ class TestProbe:
         assert not probe_conditional_writes(Refusing(str(tmp_path)), "probe")
         assert list(Refusing(str(tmp_path)).list()) == []
 
+    def test_does_not_take_a_failing_store_for_one_that_refuses(self, tmp_path: Path):
+        class Failing(LocalStore):
+            num_lost = 0
+
+            def create(self, key: str, data: bytes | bytearray | memoryview) -> None:
+                super().create(key, data) if not self.exists(key) else self._lose()
+
+            def _lose(self) -> None:
+                self.num_lost += 1
+                raise StoreUnavailableError("503 SlowDown")
+
+        store = Failing(str(tmp_path))
+        with pytest.raises(StoreUnavailableError, match=r"cannot tell .*: 503 SlowDown"):
+            probe_conditional_writes(store, "probe")
+        assert store.num_lost > 0
+        assert list(store.list()) == []
+
+    def test_tries_again_where_a_request_got_lost(self, tmp_path: Path):
+        class Flaky(LocalStore):
+            num_late = 0
+
+            def create(self, key: str, data: bytes | bytearray | memoryview) -> None:
+                self.num_late += data == b"late"
+                if data == b"late" and self.num_late == 1:
+                    raise StoreUnavailableError("connection reset")
+                super().create(key, data)
+
+        store = Flaky(str(tmp_path))
+        assert probe_conditional_writes(store, "probe")
+        assert store.num_late == 2
+
     def test_names_the_fault_of_a_store_that_cannot_be_written(self, tmp_path: Path):
         class ReadOnly(LocalStore):
             def create(self, key: str, data: bytes | bytearray | memoryview) -> None:
@@ -794,7 +826,10 @@ class TestS3Errors:
             assert "\n" not in message
             assert os.environ["AWS_ACCESS_KEY_ID"] not in message
             assert "not-the-secret" not in message
-        assert [type(data) for _, data in store.read_many(["k"])] == [ObjectForbiddenError]
+        # Of the credentials, not of the object.
+        assert [type(data) for _, data in store.read_many(["k"])] == [CredentialsError]
+        with pytest.raises(CredentialsError):
+            store.head("k")
 
     def test_missing_bucket(self, options: StorageOptions):
         store = open_store("s3://no-such-bucket/x", options)
