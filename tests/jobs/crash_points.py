@@ -4,9 +4,11 @@ A point is the n-th time that writes of one kind come to one step. Drivers run i
 from a clean one that has everything imported, and die by SIGKILL.
 """
 
+import errno
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -48,6 +50,8 @@ UNSYNCED = "written, before its fsync"
 UNLINKED = "before its link"
 LINKED = "linked, before the folder's fsync"
 UNRENAMED = "linked, before its rename"
+HURRIED_TIMEOUT_S = 2
+_HURRIED = {"throttling_base_scale": 0.02, "non_throttling_base_scale": 0.02}
 
 
 class Point(NamedTuple):
@@ -87,6 +91,8 @@ class Orders:
         rival: Whether another planner is faster by a hair.
         repeat_every: As of ``without_ray``.
         points: File that it writes the points to that it came by.
+        disk_full: Share of its local writes that find the disk full, and a seed; None for none.
+        hurried: Whether its S3 clients wait short times only.
         said: File for its standard error.
     """
 
@@ -97,6 +103,8 @@ class Orders:
     rival: bool = False
     repeat_every: int = 0
     points: Path | None = None
+    disk_full: tuple[float, int] | None = None
+    hurried: bool = False
     said: Path
 
 
@@ -140,18 +148,36 @@ def _work(orders: Orders) -> None:
     descriptor = os.open(orders.said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    watch = Watch(orders.die_at)
+    watch = Watch(orders.die_at, orders.disk_full)
     with ExitStack() as stack:
         stack.enter_context(without_ray(repeat_every=orders.repeat_every))
         stack.enter_context(watch.watching())
         if orders.footage is not None:
             stack.enter_context(Footage.load(orders.footage).used())
+        if orders.hurried:
+            stack.enter_context(hurried_clients())
         if orders.rival:
             stack.enter_context(_rival_planner())
         code = jobs.cli.run(orders.arguments)
     if orders.points is not None:
         orders.points.write_text(json.dumps(watch.points))
     sys.exit(code)
+
+
+@contextmanager
+def hurried_clients() -> Iterator[None]:
+    """As many retries as ever, but short pauses, and ``HURRIED_TIMEOUT_S`` for an answer."""
+    with ExitStack() as stack:
+        for name, value in (
+            ("pipeline.storage.s3_clients._STALL_TIMEOUT_S", HURRIED_TIMEOUT_S),
+            ("pipeline.storage.s3_clients._PUT_TIMEOUT_S", HURRIED_TIMEOUT_S),
+            ("pipeline.storage.s3_clients._MAX_BACKOFF_S", 0.2),
+            ("pipeline.storage.commit._FIRST_PAUSE_S", 0.01),
+            ("pipeline.storage.commit._LONGEST_PAUSE_S", 0.1),
+            ("botocore.retries.standard.ExponentialBackoff._DEFAULT_BACKOFF_CONFIG", _HURRIED),
+        ):
+            stack.enter_context(patch(name, value))
+        yield
 
 
 @contextmanager
@@ -178,11 +204,17 @@ class Watch:
 
     Args:
         die_at: At which.
+        disk_full: Share of the local writes that find the disk full at one of their steps, and a
+            seed; None for none.
     """
 
-    def __init__(self, die_at: Point | None = None) -> None:
+    def __init__(
+        self, die_at: Point | None = None, disk_full: tuple[float, int] | None = None
+    ) -> None:
         self.points: list[Point] = []
         self._die_at = die_at
+        self._full_share, seed = disk_full or (0.0, 0)
+        self._rng = random.Random(seed)
         self._numbers: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
         self._current = threading.local()
@@ -273,6 +305,10 @@ class Watch:
     @contextmanager
     def _named(self, label: str) -> Iterator[None]:
         self._current.label, self._current.linked = label, False
+        with self._lock:
+            is_full = self._rng.random() < self._full_share
+            step = self._rng.choice((UNSYNCED, UNLINKED, LINKED))
+            self._current.full_at = step if is_full else None
         try:
             yield
         finally:
@@ -296,3 +332,5 @@ class Watch:
             if point == self._die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.points.append(point)
+        if step == self._current.full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
