@@ -122,7 +122,10 @@ class S3Store(Store):
             return None
         except ObjectForbiddenError:
             # An answer to HEAD has no body that says whose fault it is; one to GET has.
-            self.read_range(key, 0, 1)
+            try:
+                self.read_range(key, 0, 1)
+            except ObjectNotFoundError:
+                return None
             raise
 
     def _head_object(self, key: str) -> ObjectInfo:
