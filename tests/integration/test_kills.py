@@ -184,6 +184,11 @@ def survive(
         assert job.exists(GENERATION.success_key)
         assert job.unfinished_files() == []
         job.wait_until_gone()
+    where = "S3" if url.startswith("s3:") else "a folder"
+    print(
+        f"PROOF kills of a driver with Ray, {where}: {len(phases)} kills, "
+        f"{len(reference.rows)} rows and {len(reference.pngs)} PNGs as undisturbed"
+    )
 
 
 def plan_kills(phases: tuple[Phase, ...], rng: random.Random) -> list[Kill]:

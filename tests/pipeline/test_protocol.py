@@ -165,7 +165,10 @@ def explorer(
 
 def check(search: Explorer, num_states: int) -> None:
     executions = search.run()
-    print(f"{executions:,} executions, {search.num_states:,} states")
+    print(
+        f"PROOF model check, {search.num_faults} faults: {executions:,} schedules in "
+        f"{search.num_states:,} states, {len(search.violations)} violations"
+    )
     assert search.violations == {}
     # A search that has quietly collapsed finds nothing either.
     assert search.num_states >= num_states
