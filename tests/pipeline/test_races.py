@@ -20,20 +20,21 @@ NUM_FAST_ROUNDS = 20
 NUM_ROUNDS = int(os.environ.get("RACE_ROUNDS", "1000"))
 
 
+Place = tuple[str, str, StorageOptions]
+
+
 @pytest.fixture(params=["local", "weed", "moto"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, StorageOptions]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "local":
-        return str(tmp_path / "job"), StorageOptions()
+        return "local disk", str(tmp_path / "job"), StorageOptions()
     endpoint_url = request.getfixturevalue(
         "s3_server" if request.param == "weed" else "moto_server"
     )
-    return f"s3://out/{uuid4().hex}", StorageOptions(endpoint_url=endpoint_url)
+    return request.param, f"s3://out/{uuid4().hex}", StorageOptions(endpoint_url=endpoint_url)
 
 
-def check_race(
-    place: tuple[str, StorageOptions], *, num_processes: int, num_rounds: int, num_lanes: int
-) -> None:
-    url, options = place
+def check_race(place: Place, *, num_processes: int, num_rounds: int, num_lanes: int) -> None:
+    name, url, options = place
     store = open_store(url, options, create=True)
     started = time.monotonic()
     rounds = race(
@@ -52,10 +53,9 @@ def check_race(
     assert kept == {
         GENERATION.data_key(number, reports[0].attempt) for number, reports in rounds.items()
     }
-    kind = url.partition("://")[0] if "://" in url else "local"
     winners = {report.writer for reports in rounds.values() for report in reports if report.won}
     print(
-        f"PROOF race {kind} {options.endpoint_url or ''}: {NUM_WRITERS} writers in "
+        f"PROOF race on {name}: {NUM_WRITERS} writers in "
         f"{num_processes} processes, {num_rounds} rounds in {seconds:.0f} s, one winner each, "
         f"{len(winners)} writers won at least once, no loser's data left"
     )
@@ -72,11 +72,11 @@ def check_round(store: Store, number: int, reports: list[Report]) -> None:
     assert record.files[0].sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_sixteen_writers_have_one_winner(place: tuple[str, StorageOptions]) -> None:
+def test_sixteen_writers_have_one_winner(place: Place) -> None:
     check_race(place, num_processes=2, num_rounds=NUM_FAST_ROUNDS, num_lanes=4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * 3600)
-def test_a_thousand_races_have_one_winner_each(place: tuple[str, StorageOptions]) -> None:
+def test_a_thousand_races_have_one_winner_each(place: Place) -> None:
     check_race(place, num_processes=16, num_rounds=NUM_ROUNDS, num_lanes=16)
