@@ -249,11 +249,8 @@ def _embed(settings: RaySection) -> None:
                 _node_ip_address="127.0.0.1",
             )
     except Exception as error:
-        # Ray raises bare exceptions where a daemon is late, as on a machine that is overloaded.
-        message = (
-            f"the embedded Ray did not start: {_first_line(error)} "
-            "Nothing is lost; try again, or give it more of the machine"
-        )
+        # On a machine that is very busy Ray gives up with a bare Exception.
+        message = f"Ray does not start: {_first_line(error)}; go on with `segformer3d resume`"
         raise JobError(message) from error
     threading.Thread(target=_watch_daemons, name="ray-watch", daemon=True).start()
 
