@@ -159,6 +159,11 @@ class KilledJob:
         assert look.num_commits() == reference.num_shards
         assert not look.lacks_pngs()
 
+    def assert_little_left(self, deaths: Sequence[Point]) -> None:
+        """Files that no listing shows: one for each death between a link and its rename only."""
+        num_most = sum(point.step == crash_points.UNRENAMED for point in deaths)
+        assert len(self.look.unfinished_files()) == num_most
+
     def copy_to(self, url: str) -> "KilledJob":
         """The same job elsewhere, as far as it has come."""
         source, target = self.look.store, open_store(url, create=True)
@@ -243,6 +248,7 @@ def crash_at_each(
         job.die(scenario.orders(job, point))
         job.finish(by_uri=number % 2 == 0)
         job.assert_as_undisturbed()
+        job.assert_little_left([point])
         job.look.store.delete(item.key for item in list(job.look.store.list()))
     return points
 
@@ -256,3 +262,4 @@ def crash_in_turn(job: KilledJob, scenario: Scenario, points: Sequence[Point]) -
         job.die(orders)
     job.finish(by_uri=True)
     job.assert_as_undisturbed()
+    job.assert_little_left(points)

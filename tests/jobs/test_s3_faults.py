@@ -99,26 +99,25 @@ def run_to_the_end(
     job = reference.job(url, environment | {"AWS_ENDPOINT_URL": proxy.url})
     rng = random.Random(seed)
     proxy.arm(kinds, SHARE, seed)
+    injected: Counter[str] = Counter()
+    num_requests = 0
     stops: list[str] = []
-    story = Story(0, Counter(), stops)
     while True:
         proxy.expire_after(rng.randint(*LIFETIMES) if expires else None)
         kept = job.look.commits()
         code, said = _run(job, rng)
+        injected += proxy.injected
+        num_requests += proxy.num_requests
         job.assert_kept(kept)
         if code == EXIT_QUARANTINED:
             break
         stops.append(_reason(said, [*kinds, "expired"] if expires else kinds))
-        if len(stops) == MOST_STOPS:
-            story.injected, story.num_requests = proxy.injected, proxy.num_requests
-            proxy.arm((), 0.0, seed)
-            expires = False
         assert len(stops) <= MOST_STOPS, stops
-    if len(stops) < MOST_STOPS:
-        story.injected, story.num_requests = proxy.injected, proxy.num_requests
+        expires = expires and len(stops) < MOST_STOPS
+        proxy.arm(kinds if len(stops) < MOST_STOPS else (), SHARE, rng.randrange(2**32))
     proxy.arm((), 0.0, seed)
     job.assert_as_undisturbed()
-    return story
+    return Story(num_requests, injected, stops)
 
 
 def _run(job: KilledJob, rng: random.Random) -> tuple[int, str]:
