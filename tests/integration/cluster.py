@@ -264,13 +264,21 @@ def _serve(shape: Shape, dashboard_port: int | None = None) -> None:
     head = {"include_dashboard": False, "dashboard_agent_listen_port": free_port()}
     if dashboard_port is not None:
         head |= {"include_dashboard": True, "dashboard_port": dashboard_port}
-    cluster = Cluster(initialize_head=True, head_node_args={**local, **head, **shape[0]})
+    cluster = Cluster()
+
+    def add(**arguments: Any) -> Any:
+        # Ray's own wait is 30 s, too short on a machine that is busy with other things.
+        node = cluster.add_node(wait=False, **local, **arguments)
+        cluster._wait_for_node(node, START_S)
+        return node
+
+    add(**head, **shape[0])
     for resources in shape[1:]:
-        cluster.add_node(**local, **resources)
+        add(**resources)
 
     def answer(order: dict[str, Any]) -> Any:
         if order["verb"] == "add":
-            return _describe(cluster.add_node(**local, **order["resources"]))
+            return _describe(add(**order["resources"]))
         if order["verb"] == "nodes":
             return [_describe(node) for node in cluster.list_all_nodes()]
         if order["verb"] == "drain":
