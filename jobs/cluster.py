@@ -210,7 +210,7 @@ def _join(address: str) -> None:
     except (ConnectionError, RuntimeError) as error:
         message = f"the Ray cluster at {address}: {_first_line(error.__cause__ or error)}"
         raise JobError(message) from None
-    threading.Thread(target=_watch_cluster, args=(address,), name="ray-watch", daemon=True).start()
+    _watch_cluster(address)
 
 
 def _await_raylet(address: str) -> None:
@@ -279,34 +279,54 @@ def _watch_cluster(address: str) -> None:
     """
     from ray._private import worker
 
-    asked_s = time.monotonic()
-    # Not since it was last heard: this process may have stood still itself.
-    silent_since_s: float | None = None
-    while (node := worker._global_node) is not None:
-        if not _listens(node.raylet_socket_name):
+    for watch, argument in (
+        (_watch_raylet, worker._global_node.raylet_socket_name),
+        (_watch_head, address),
+    ):
+        threading.Thread(target=watch, args=(argument,), name="ray-watch", daemon=True).start()
+
+
+def _watch_raylet(path: str) -> None:
+    from ray._private import worker
+
+    while worker._global_node is not None:
+        if not _await_close(path):
             _stop_at_once("this machine's Ray node was stopped")
-        if time.monotonic() - asked_s > _HEAD_CHECK_S:
-            asked_s = time.monotonic()
-            if _answer(address, with_token=True) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}:
-                silent_since_s = None
-            elif silent_since_s is None:
-                silent_since_s = asked_s
-            elif time.monotonic() - silent_since_s > _HEAD_GONE_S:
-                _stop_at_once(f"the head of the Ray cluster at {address} is gone")
-        time.sleep(1.0)
+        time.sleep(0.05)
 
 
-def _listens(path: str) -> bool:
-    """Whether anybody still listens on a Unix socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
+def _await_close(path: str) -> bool:
+    """Wait until who listens on a Unix socket hangs up; says whether anybody listened at all.
+
+    Looking now and then would be too late: Ray looks as well, and it is a race against its silence.
+    """
+    with socket.socket(socket.AF_UNIX) as line:
         try:
-            probe.connect(path)
+            line.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
             return False
         except OSError:
             # Busy, for one: only who is surely gone is taken for gone.
             return True
+        with contextlib.suppress(OSError):
+            line.recv(1)
     return True
+
+
+def _watch_head(address: str) -> None:
+    from ray._private import worker
+
+    # Not since it was last heard: this process may have stood still itself.
+    silent_since_s: float | None = None
+    while worker._global_node is not None:
+        time.sleep(_HEAD_CHECK_S)
+        asked_s = time.monotonic()
+        if _answer(address, with_token=True) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}:
+            silent_since_s = None
+        elif silent_since_s is None:
+            silent_since_s = asked_s
+        elif time.monotonic() - silent_since_s > _HEAD_GONE_S:
+            _stop_at_once(f"the head of the Ray cluster at {address} is gone")
 
 
 def _stop_at_once(why: str) -> None:

@@ -1,6 +1,7 @@
 """What stands between us and Ray, without Ray."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,18 @@ def test_ray_prints_its_news_through_us() -> None:
     assert "print_to_stdstream" in worker.listen_error_messages.__code__.co_names
 
 
-def test_a_socket_that_nobody_listens_on_any_more_is_told_from_one_that_is_busy(
+def test_who_hangs_up_is_noticed_at_once_and_who_is_gone_is_told_from_who_is_there(
     tmp_path: Path,
 ) -> None:
     path = str(tmp_path / "raylet")
-    assert not cluster._listens(path)
-    with socket.socket(socket.AF_UNIX) as daemon:
+    assert not cluster._await_close(path)
+    with socket.socket(socket.AF_UNIX) as daemon, ThreadPoolExecutor(1) as threads:
         daemon.bind(path)
         daemon.listen(1)
-        assert cluster._listens(path)
-    assert not cluster._listens(path)
+        waiting = threads.submit(cluster._await_close, path)
+        line, _ = daemon.accept()
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        line.close()
+        assert waiting.result(timeout=5)
+    assert not cluster._await_close(path)
