@@ -50,7 +50,7 @@ RAY_ENVIRONMENT = {
 }
 # The watchdog: a run that lasts longer from the fault on is taken to hang.
 END_S = 300.0
-START_S = 240.0
+START_S = 400.0
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 pytestmark = [
@@ -83,7 +83,8 @@ class Round:
         seconds: From the fault to the end of the driver it met.
         code: That driver's exit code.
         num_before: Shards committed when the fault came.
-        in_flight: Shards begun by then whose receipts the driver had not got.
+        in_flight: Shards begun by then whose receipts the driver had not got; likewise when it
+            stopped, if it did.
         again: Shards that the model saw more than once.
         num_extra: How many times more than once, over all shards.
         committed_again: Shards that the model saw although they were committed before the fault.
@@ -293,7 +294,8 @@ def fight(field_: Field, job: JobUnderTest, kind: str, rng: random.Random) -> Ro
         before = committed(job)
         strikes = STRIKES[kind](field_, job, rng)
         code = end_in_time(driver, job)
-    seconds = time.time() - strikes[0].began_at
+    ended_at = time.time()
+    seconds = ended_at - strikes[0].began_at
     assert code in ({EXIT_INTERRUPTED} if kind == "head" else {0, EXIT_FAILED}), driver.said
     if code == 0:
         assert driver.result()["outcome"] == "done"
@@ -302,6 +304,9 @@ def fight(field_: Field, job: JobUnderTest, kind: str, rng: random.Random) -> Ro
         check_last_words(driver)
     mend(field_, kind, strikes)
     if code != 0:
+        # What was in flight when it stopped is done again too; workers may outlive it a little.
+        stop = Strike(began_at=ended_at, ended_at=time.time(), pids=frozenset())
+        strikes = [stop, *strikes]
         resume(field_, job, num_shards)
     return judge(read_trace(trace_path(job.url)), strikes, before, seconds, code)
 
@@ -398,7 +403,8 @@ def resume(field_: Field, job: JobUnderTest, num_shards: int) -> None:
 def judge(
     events: list[Event], strikes: list[Strike], before: frozenset[int], seconds: float, code: int
 ) -> Round:
-    first, last = strikes[0], strikes[-1]
+    first = min(strike.ended_at for strike in strikes)
+    last = strikes[-1]
     in_flight: set[int] = set()
     for strike in strikes:
         begun = {event.shard_id for event in events if event.at <= strike.ended_at}
@@ -416,7 +422,7 @@ def judge(
         in_flight=frozenset(in_flight),
         again=frozenset(shard for shard, number in times.items() if number > 1),
         num_extra=sum(number - 1 for number in times.values()),
-        committed_again=before & set(annotated(events, since=first.ended_at)),
+        committed_again=before & set(annotated(events, since=first)),
         num_undead=sum(event.pid in last.pids and event.at > last.ended_at for event in events),
     )
 
