@@ -21,7 +21,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,8 @@ _KIND: ErrorKind = "crash"
 _NOTE_BYTES = 64
 # How long a look at the deaths of others is trusted; one's own are known from the start.
 _TRUSTED_S = 5.0
+# So old are notes of other drivers that are swept up: nobody comes back for them.
+_OTHERS_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,11 @@ class Journal:
         self._store, self._generation = store, generation
         job = hashlib.sha256(f"{store.url} {generation.number}".encode()).hexdigest()[:20]
         folder = _private_folder()
-        self._report(folder, job, lease)
+        self._report(job, lease)
         self._deaths = self._list()
         self._listed_s = time.monotonic()
         self._file = _locked_file(folder / f"{job}-{lease}-{uuid.uuid4().hex}")
+        self.rest()
 
     def note(self, shard_id: int, place: int | None = None) -> None:
         """Say what comes next: a shard as a whole, or the frame at one place of it."""
@@ -90,8 +93,8 @@ class Journal:
         os.pwrite(self._file, data.ljust(_NOTE_BYTES), 0)
 
     def rest(self) -> None:
-        """Say that nothing is being done."""
-        os.ftruncate(self._file, 0)
+        """Say that nothing is being done; the file keeps its place on a disk that fills up."""
+        os.pwrite(self._file, b" " * _NOTE_BYTES, 0)
 
     def deaths(self, shard_id: int) -> Deaths:
         """Every death at a shard, whoever died.
@@ -117,14 +120,18 @@ class Journal:
             for shard_id, counts in places.items()
         }
 
-    def _report(self, folder: Path, job: str, lease: int) -> None:
+    def _report(self, job: str, lease: int) -> None:
         """Turn the notes of processes that died here under this lease into objects of the job."""
-        for path in sorted(folder.glob(f"{job}-*")):
+        for path in sorted(path for folder in _own_folders() for path in folder.glob(f"{job}-*")):
             with _orphan(path) as said:
                 if said is None:
                     continue
                 note, name = _parse(said), path.name
-                if note is not None and name.startswith(f"{job}-{lease}-"):
+                is_ours = name.startswith(f"{job}-{lease}-")
+                if not is_ours and time.time() - path.stat().st_mtime < _OTHERS_S:
+                    # Its driver may live, and its next process on this machine is to find it.
+                    continue
+                if note is not None and is_ours:
                     shard_id, place = note
                     # The note's own name: two who find it write one object.
                     attempt = name.rpartition("-")[2]
@@ -151,14 +158,25 @@ def spare(shard: DecodedShard, deaths: Deaths) -> DecodedShard:
 
 
 def _private_folder() -> Path:
-    """A folder that only this user writes to; a fresh one if somebody else was there first."""
-    folder = Path(tempfile.gettempdir(), f"segformer3d-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    if is_ours and not status.st_mode & 0o022:
-        return folder
-    return Path(tempfile.mkdtemp(prefix="segformer3d-"))
+    """A folder that only this user writes to; another one if somebody else was there first."""
+    with suppress(FileExistsError):
+        Path(tempfile.gettempdir(), _folder_name()).mkdir(mode=0o700)
+    return next(_own_folders(), None) or Path(tempfile.mkdtemp(prefix=f"{_folder_name()}-"))
+
+
+def _own_folders() -> Iterator[Path]:
+    """All such folders here, in one order for every process."""
+    parent = Path(tempfile.gettempdir())
+    for folder in sorted([parent / _folder_name(), *parent.glob(f"{_folder_name()}-*")]):
+        with suppress(OSError):
+            status = folder.lstat()
+            is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            if is_ours and not status.st_mode & 0o022:
+                yield folder
+
+
+def _folder_name() -> str:
+    return f"segformer3d-{os.getuid()}"
 
 
 def _locked_file(path: Path) -> int:

@@ -72,7 +72,20 @@ def test_the_count_outlives_the_driver(store):
 def test_who_went_with_its_driver_accuses_nobody(store):
     die_at(store, 1, 5, 3)
     assert not Journal(store, LAYOUT, 2).deaths(5)
-    # Nor later on.
+
+
+def test_two_drivers_on_a_machine_do_not_lose_each_other_s_deaths(store):
+    die_at(store, 1, 5, 3)
+    assert not Journal(store, LAYOUT, 2).deaths(5)
+    assert Journal(store, LAYOUT, 1).deaths(5) == Deaths(at_frame=((3, 1),))
+
+
+def test_old_notes_of_other_drivers_are_swept_up(store, tmp_path):
+    die_at(store, 1, 5, 3)
+    (note,) = (tmp_path / f"segformer3d-{os.getuid()}").iterdir()
+    os.utime(note, (0, 0))
+    Journal(store, LAYOUT, 2)
+    assert not note.exists()
     assert not Journal(store, LAYOUT, 1).deaths(5)
 
 
@@ -105,8 +118,23 @@ def test_a_folder_that_others_may_write_to_is_not_used(store, tmp_path):
     folder = tmp_path / f"segformer3d-{os.getuid()}"
     folder.mkdir()
     folder.chmod(0o777)
-    Journal(store, LAYOUT, 1)
+    die_at(store, 1, 5, 3)
     assert list(folder.iterdir()) == []
+    assert Journal(store, LAYOUT, 1).deaths(5) == Deaths(at_frame=((3, 1),))
+
+
+@pytest.mark.parametrize("target", [None, "nowhere", "elsewhere"])
+def test_who_takes_the_folder_s_name_stops_no_count(store, tmp_path, target):
+    place = tmp_path / f"segformer3d-{os.getuid()}"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if target is None:
+        place.write_text("mine")
+    else:
+        place.symlink_to(tmp_path / target)
+    die_at(store, 1, 5, 3)
+    assert Journal(store, LAYOUT, 1).deaths(5) == Deaths(at_frame=((3, 1),))
+    assert list(elsewhere.iterdir()) == []
 
 
 def shard_of(values, bad=()):
