@@ -219,7 +219,8 @@ def hidden_shards(plans: list[tuple[Generation, Plan]]) -> list[frozenset[int]]:
     hidden: list[set[int]] = [set() for _ in plans]
     for generation, plan in plans:
         for number, shard_id in plan.replaced:
-            if number >= generation.number or not 0 <= shard_id < plans[number][1].num_shards:
+            is_older = 0 <= number < generation.number
+            if not is_older or not 0 <= shard_id < plans[number][1].num_shards:
                 message = f"{generation.plan_key} replaces a shard that no earlier plan has"
                 raise JobError(message)
             hidden[number].add(shard_id)

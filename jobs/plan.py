@@ -43,6 +43,8 @@ _PROBES_PER_CALL = 16
 _MAX_PROBERS = 4
 # Decoded frames of one shard, about; a shard may hold twice its target.
 _MAX_SHARD_BYTES = 96 << 20
+# What a `plan.json` of any content makes its reader raise.
+_DAMAGE = (AttributeError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 
 T = TypeVar("T")
 
@@ -313,7 +315,7 @@ def read_plan(store: Store, generation: Generation) -> Plan | None:
         return None
     try:
         return Plan.from_fields(json.loads(store.read(generation.plan_key)))
-    except (KeyError, TypeError, ValueError) as error:
+    except _DAMAGE as error:
         message = f"{generation.plan_key} is malformed: {error}"
         raise JobError(message) from error
 
