@@ -79,7 +79,8 @@ def check_generation(
     fault: Fault,
     broken: Broken,
     *,
-    hidden: frozenset[int] = frozenset(),
+    hidden: frozenset[int],
+    is_finished: bool,
 ) -> None:
     """Check all of a generation but its rows against each other.
 
@@ -92,12 +93,13 @@ def check_generation(
         fault: Takes what is wrong.
         broken: Takes a shard and what is wrong, where doing the shard anew mends it.
         hidden: Shards that a repair has replaced, which nobody reads any more.
+        is_finished: Whether it, or the newest generation, is said to be complete.
     """
     counts = _PlanCounts()
 
     def plan_and_pngs() -> None:
         has_pngs = job.identity.get("output.png") is True
-        expected = _Pngs(store, generation, job) if has_pngs else None
+        expected = _Pngs(store, generation, job, is_finished=is_finished) if has_pngs else None
         for spec in _planned(store, plan):
             counts.add(spec)
             record = records.get(spec.shard_id)
@@ -374,9 +376,11 @@ def _check_success(
 class _Pngs:
     """The PNG tree as it is listed, and the markers that say which shards' PNGs are complete."""
 
-    def __init__(self, store: Store, generation: Generation, job: JobRecord) -> None:
+    def __init__(
+        self, store: Store, generation: Generation, job: JobRecord, *, is_finished: bool
+    ) -> None:
         self._marked = {shard_of(item.key) for item in store.list(generation.png_done_prefix)}
-        self._is_finished = store.head(generation.success_key) is not None
+        self._is_finished = is_finished
         self._present = np.sort(
             _hashes(item.key for item in store.list(PNG_PREFIX) if item.size_bytes)
         )

@@ -33,7 +33,8 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
     """
     findings = verify_job(url, storage)
     if not findings.broken:
-        say("No shard is broken.")
+        hint = "; go on with `segformer3d resume`" if findings.undecided else ""
+        say(f"No shard is broken{hint}.")
         return findings
     check_cluster()
     job = reopen_job(url, storage, ray)

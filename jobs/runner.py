@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pipeline.stages import StageContext
 
 Outcome = Literal["done", "quarantined", "interrupted"]
+# By generation, ``(shard_id, key of the winning Parquet object)``.
+MissingPngs = dict[int, list[tuple[int, str]]]
 
 # Of the web; the largest SegFormer has 340 MB.
 _MAX_WEIGHTS_BYTES = 4 << 30
@@ -257,10 +259,10 @@ class _Driver:
         # Sealing first: whatever is read of the records from now on is read once.
         manifest = self._manifest(plan).seal()
         self.num_done = manifest.num_done
-        missing_pngs: tuple[tuple[int, str], ...] = ()
+        missing_pngs: MissingPngs = {}
         if manifest.is_complete:
             say("Every shard is decided already; files that came later need another output.")
-            missing_pngs = self._missing_pngs(manifest)
+            missing_pngs = self._missing_pngs(History.load(self.store))
         if (not manifest.is_complete or missing_pngs) and not self._stopping():
             manifest = self._compute(plan, manifest, missing_pngs)
         manifest.seal()
@@ -312,9 +314,7 @@ class _Driver:
     def _manifest(self, plan: Plan) -> Manifest:
         return Manifest.load(self.store, self.generation, plan.plan_id, plan.num_shards)
 
-    def _compute(
-        self, plan: Plan, manifest: Manifest, missing_pngs: Sequence[tuple[int, str]]
-    ) -> Manifest:
+    def _compute(self, plan: Plan, manifest: Manifest, missing_pngs: MissingPngs) -> Manifest:
         from pipeline.graph import WeightsFile, choose_resources, run_graph, run_png_graph
 
         say("Starting Ray and the models; the first shard comes after about half a minute.")
@@ -341,11 +341,13 @@ class _Driver:
                 say(busy_line(self.busy))
                 manifest = self._manifest(plan)
                 self.num_done = manifest.num_done
-                missing_pngs = self._missing_pngs(manifest)
+                missing_pngs = self._missing_pngs(History.load(self.store))
             if missing_pngs and not self._stopping():
-                say(f"Writing the PNGs of {len(missing_pngs)} shards that were stopped before.")
-                for _ in run_png_graph(context, missing_pngs):
-                    pass
+                num_missing = sum(map(len, missing_pngs.values()))
+                say(f"Writing the PNGs of {num_missing} shards that were stopped before.")
+                for number, keys in missing_pngs.items():
+                    for _ in run_png_graph(replace(context, generation=number), keys):
+                        pass
         return manifest
 
     def _follow(self, receipts: Iterator[ShardReceipt], plan: Plan, manifest: Manifest) -> None:
@@ -397,15 +399,22 @@ class _Driver:
             threads=spec.model.threads,
         )
 
-    def _missing_pngs(self, manifest: Manifest) -> tuple[tuple[int, str], ...]:
+    def _missing_pngs(self, history: History) -> MissingPngs:
+        """Those of older generations too: a repair leaves behind what of them is unfinished."""
         if not self.job.spec.output.png:
-            return ()
-        marked = {shard_of(item.key) for item in self.store.list(self.generation.png_done_prefix)}
-        return tuple(
-            (record.shard_id, f"{self.generation.prefix}{record.files[0].path}")
-            for record in manifest.records()
-            if record.shard_id not in marked
-        )
+            return {}
+        found: MissingPngs = {}
+        for view in history.views[: self.generation.number + 1]:
+            layout = view.generation
+            marked = {shard_of(item.key) for item in self.store.list(layout.png_done_prefix)}
+            keys = [
+                (record.shard_id, f"{layout.prefix}{record.files[0].path}")
+                for record in view.records
+                if record.shard_id not in marked
+            ]
+            if keys:
+                found[layout.number] = keys
+        return found
 
     def _finish(self) -> RunResult:
         history = History.load(self.store)
@@ -422,7 +431,7 @@ class _Driver:
             busy={name: round(share, 4) for name, share in self.busy.items()},
         )
         collect_orphans(self.store, self.generation, view.plan, view.records)
-        if not view.is_complete or self._missing_pngs(view.manifest):
+        if not view.is_complete or self._missing_pngs(history):
             if self._stopping():
                 return result
             message = (
@@ -431,6 +440,18 @@ class _Driver:
             )
             raise JobError(message)
         write_success(self.store, self.generation, view.plan, view.records)
+        num_lost = sum(
+            item.num_shards - item.num_done for item in history.views[: self.generation.number]
+        )
+        if num_lost:
+            message = (
+                f"{self.store.url}: {num_lost} shards of older generations have lost their commit "
+                "records; do them anew with `segformer3d verify --repair`"
+            )
+            raise JobError(message)
+        if not history.is_complete:
+            # Somebody has planned a newer generation meanwhile.
+            return result
         return replace(result, outcome="quarantined" if result.num_quarantined else "done")
 
 

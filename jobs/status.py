@@ -130,7 +130,7 @@ def _job_status(url: str, storage: StorageOptions) -> JobStatus:
         )
     rate = sum(heartbeat.frames_per_s for heartbeat in alive)
     newest = history.views[-1]
-    finished = store.head(newest.generation.success_key) is not None
+    finished = history.is_complete and store.head(newest.generation.success_key) is not None
     kinds = count_kinds(history.quarantined())
     num_bad = sum(kinds.values())
     num_left = newest.plan.num_frames - sum(item.num_rows for item in newest.records)

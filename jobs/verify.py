@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from pipeline.sinks.parquet import frame_id
 from pipeline.storage import StorageOptions, Store, open_store
 
 _MOST_NAMED = 1000
+_GENERATION = re.compile(r"gen-(\d{4,})/?")
 
 
 @dataclass
@@ -105,15 +107,39 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
         raise UserError(message)
     hidden = hidden_shards(plans)
     findings = Findings(url=store.url, replaced=sum(map(len, hidden)))
+    is_finished = store.exists(plans[-1][0].success_key)
     with Progress("verifying", sum(plan.num_frames for _, plan in plans)) as progress:
         for generation, plan in plans:
-            checked = hidden[generation.number]
-            _Generation(store, job, generation, plan, checked, findings).check(progress)
+            checked = _Generation(
+                store=store,
+                job=job,
+                generation=generation,
+                plan=plan,
+                hidden=hidden[generation.number],
+                is_newest=generation == plans[-1][0],
+                is_finished=is_finished or store.exists(generation.success_key),
+                findings=findings,
+            )
+            checked.check(progress)
+    _check_folders(store, len(plans), findings)
     check_job(store, job, findings.fault)
     return findings
 
 
-@dataclass(frozen=True)
+def _check_folders(store: Store, num_plans: int, findings: Findings) -> None:
+    """A plan that was lost takes all that was made from it out of its readers' sight."""
+    for folder in store.list_folders(""):
+        match = _GENERATION.fullmatch(folder)
+        if match is None or int(match[1]) < num_plans:
+            continue
+        lost = Generation(int(match[1]))
+        has_records = next(iter(store.list(lost.commit_prefix)), None) is not None
+        # In this order: it may have been planned since.
+        if has_records and (lost.number > num_plans or not store.exists(lost.plan_key)):
+            findings.fault(f"{lost.plan_key}: missing, though records were committed for it")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Generation:
     """One generation to be checked, but for its hidden shards."""
 
@@ -122,7 +148,10 @@ class _Generation:
     generation: Generation
     plan: Plan
     hidden: frozenset[int]
+    is_newest: bool
+    is_finished: bool
     findings: Findings
+    unreadable: set[int] = field(default_factory=set)
 
     def check(self, progress: Progress) -> None:
         """Check everything."""
@@ -141,8 +170,14 @@ class _Generation:
             record = records.get(spec.shard_id)
             if record is not None:
                 self._check_shard(spec, record)
-            elif (number, spec.shard_id) not in findings.broken:
+            elif (number, spec.shard_id) in findings.broken:
+                continue
+            elif self.is_newest or spec.shard_id in self.unreadable:
                 undecided.append(spec.shard_id)
+            else:
+                # Nobody works at an older generation: whoever planned a newer one left nothing.
+                key = self.generation.commit_key(spec.shard_id)
+                self._break(spec.shard_id, f"{key}: missing")
         if undecided:
             findings.undecided[number] = undecided
         if digest.plan_id != self.plan.plan_id:
@@ -157,6 +192,7 @@ class _Generation:
             findings.fault,
             self._break,
             hidden=self.hidden,
+            is_finished=self.is_finished,
         )
 
     def _break(self, shard_id: int, message: str) -> None:
@@ -178,6 +214,7 @@ class _Generation:
         for key, data in self.store.read_many(keys):
             shard_id = shard_of(key) or 0
             if isinstance(data, StorageError):
+                self.unreadable.add(shard_id)
                 self.findings.fault(f"{key}: {data}")
                 continue
             try:

@@ -298,3 +298,92 @@ def test_nothing_broken_nothing_done(call, job):
     code, said = call("verify", job.url, "--repair", "--json")
     assert (code, said["sound"]) == (0, True)
     assert {item.key for item in job.list("")} == before
+
+
+def lose_pngs(store):
+    """As if the driver had been killed after its last commit, before it made any PNG."""
+    keys = [FIRST.success_key]
+    keys += [item.key for prefix in (FIRST.png_done_prefix, "png/") for item in store.list(prefix)]
+    store.delete(keys)
+
+
+def test_a_retry_leaves_no_pngs_behind(call, job):
+    lose_pngs(job)
+    code, err = call("retry", job.url)
+    assert code == 2
+    assert "finish it first" in err
+    assert call("resume", job.url)[0] == 3
+    assert call("retry", job.url)[0] == 3
+    assert job.exists("png/0.jpg_depth.png")
+
+
+def test_a_repair_leaves_no_pngs_behind(call, job):
+    lose_pngs(job)
+    damage_record(job)
+    job.delete([item.key for item in job.list("manifest/")])
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["replaced"]) == (0, 1)
+    assert all(job.exists(f"png/{index}.jpg_depth.png") for index in range(6))
+    job.delete([next(item.key for item in job.list(FIRST.png_done_prefix))])
+    found = verify_job(job.url, StorageOptions())
+    assert "finished without the marker of its PNGs" in found.text()
+    assert call("resume", job.url)[0] == 3
+    assert verify_job(job.url, StorageOptions()).is_complete
+
+
+def test_a_record_lost_in_an_older_generation_is_found_and_done_anew(call, job):
+    call("retry", job.url)
+    lose_record(job)
+    job.delete([item.key for item in job.list("manifest/") if "snapshot-0000" in item.key])
+    code, err = call("resume", job.url)
+    assert code == 1
+    assert "1 shards of older generations" in err
+    assert job_status(job.url, StorageOptions()).state == "interrupted"
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["replaced"]) == (0, 1)
+    assert job_status(job.url, StorageOptions()).num_frames == 19
+
+
+def test_a_generation_whose_plan_was_lost_is_no_secret(call, job):
+    call("retry", job.url)
+    job.delete([SECOND.plan_key])
+    (fault,) = verify_job(job.url, StorageOptions()).faults
+    assert fault == f"{SECOND.plan_key}: missing, though records were committed for it"
+
+
+@pytest.mark.parametrize(
+    "data", [b'"text"', b"null", b"[]", b"[" * 100_000, b'{"parts":[],"replaced":[[1e999,0]]}']
+)
+def test_a_malformed_plan_is_a_clear_end(call, job, data):
+    call("retry", job.url)
+    job.put(SECOND.plan_key, data)
+    for verb in ("resume", "retry", "verify", "status"):
+        code, err = call(verb, job.url)
+        assert code == 1
+        assert "plan.json is malformed" in err
+
+
+@pytest.mark.parametrize("replaced", [[-1, 0], [-2, 0], [1, 0], [0, -1], [0, 99], [0, 10**30]])
+def test_a_plan_can_only_replace_what_is_there(call, job, replaced):
+    fields = json.loads(job.read(FIRST.plan_key))
+    job.put(SECOND.plan_key, json.dumps({**fields, "replaced": [replaced]}).encode())
+    for verb in ("verify", "status"):
+        code, err = call(verb, job.url)
+        assert code == 1
+        assert "no earlier plan" in err
+
+
+def test_a_repair_that_was_killed_says_what_goes_on_with_it(call, job, monkeypatch):
+    damage_data(job)
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("pipeline.graph.run_graph", fail)
+        assert call("verify", job.url, "--repair")[0] == 130
+    code, err = call("verify", job.url, "--repair")
+    assert code == 1
+    assert "go on with `segformer3d resume`" in err
+    assert call("resume", job.url)[0] == 3
+    assert verify_job(job.url, StorageOptions()).is_complete
