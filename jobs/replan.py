@@ -10,6 +10,7 @@ from pipeline.errors import ErrorKind, StorageError
 from pipeline.records import Asset, Slice
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.listing import asset_kind
+from pipeline.sources.slicing import slice_asset
 from pipeline.storage import unescape_path
 
 _GONE: tuple[ErrorKind, str] = ("count_mismatch", "the file no longer holds this frame")
@@ -68,10 +69,11 @@ class Replanner(Planner):
         return Asset(path=path, kind=kind, size_bytes=size_bytes, etag=etag)
 
     def _parts(self, probe: AssetProbe, target_frames: int) -> list[Slice]:
-        parts = super()._parts(probe, target_frames)
         wanted = self._wanted[probe.asset.path]
         if UNOPENABLE in wanted:
-            return parts
+            return super()._parts(probe, target_frames)
+        # Of all frames: what is wanted was sampled before, of the file as it was then.
+        parts = slice_asset(probe, target_frames=target_frames)
         return list(_only_wanted(parts, wanted, target_frames))
 
 

@@ -1,6 +1,7 @@
 """Retries and repairs: a generation of their own, of exactly what was asked for."""
 
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ from jobs.job_dataset import JobDataset
 from jobs.runner import resume_job
 from jobs.status import job_status
 from jobs.verify import verify_job
+from pipeline.decode import probe_assets
 from pipeline.layout import Generation
 from pipeline.storage import StorageOptions, open_store
 from tests.jobs.job_parts import TINY
@@ -387,3 +389,26 @@ def test_a_repair_that_was_killed_says_what_goes_on_with_it(call, job, monkeypat
     assert "go on with `segformer3d resume`" in err
     assert call("resume", job.url)[0] == 3
     assert verify_job(job.url, StorageOptions()).is_complete
+
+
+def test_frames_sampled_by_time_come_in_a_retry(call, tmp_path, archive, monkeypatch):
+    for path in archive.iterdir():
+        if path.name != "drive.mp4":
+            path.unlink()
+
+    def cut(*arguments):
+        (probe,) = probe_assets(*arguments)
+        return [replace(probe, pts=probe.pts[:4], num_missing=6, missing_error="cut off")]
+
+    arguments = ["--input", archive, "--output", tmp_path / "sampled", "--json"]
+    arguments += ["--weights", tmp_path / "weights.safetensors"]
+    for setting in ("geometry.short_side_px=64", "sampling.frames_per_second=20"):
+        arguments += ["--set", setting]
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.plan.probe_assets", cut)
+        assert call("run", *arguments)[0] == 3
+    store = open_store(str(tmp_path / "sampled"))
+    num_frames = len(outcomes(store))
+    assert {kind for kind in outcomes(store).values() if kind} == {"count_mismatch"}
+    assert call("retry", store.url)[0] == 0, outcomes(store)
+    check(store, num_frames, {})
