@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from jobs.cluster import check_cluster
 from jobs.generations import History, Quarantined
+from jobs.plan import read_plan
 from jobs.progress import say
 from jobs.replan import Replanner
 from jobs.runner import RunResult, drive, reopen_job
@@ -52,14 +53,19 @@ def retry_job(
         return drive(job)
     frames = "1 frame" if len(chosen) == 1 else f"{len(chosen)} frames"
     say(f"Trying {frames} again that are quarantined{_with(only)}.")
-    wanted = by_asset(chosen)
-    return drive(
+    wanted, generation = by_asset(chosen), history.next_generation
+    result = drive(
         replace(
             job,
-            generation=history.next_generation,
+            generation=generation,
             planner=lambda: Replanner(job.spec, wanted, reason="retry", only=only),
         )
     )
+    plan = read_plan(job.store, generation)
+    if plan is not None and (plan.reason, plan.only) != ("retry", tuple(only)):
+        asked = f"a {plan.reason}{_with(plan.only)}"
+        say(f"Somebody else was faster with {asked}, which was done instead; retry again.")
+    return result
 
 
 def by_asset(chosen: Sequence[Quarantined]) -> dict[str, frozenset[int]]:

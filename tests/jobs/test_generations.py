@@ -6,7 +6,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import cli
+from jobs import cli, retry
 from jobs.generations import History, read_part, read_plans
 from jobs.job_dataset import JobDataset
 from jobs.runner import resume_job
@@ -412,3 +412,21 @@ def test_frames_sampled_by_time_come_in_a_retry(call, tmp_path, archive, monkeyp
     assert {kind for kind in outcomes(store).values() if kind} == {"count_mismatch"}
     assert call("retry", store.url)[0] == 0, outcomes(store)
     check(store, num_frames, {})
+
+
+def test_a_retry_that_comes_second_says_whose_plan_it_did(call, job, archive, monkeypatch):
+    (archive / "text.png").write_bytes(encode_image(picture(*SIZE, 8), "PNG"))
+    planner = retry.Replanner
+
+    def second(spec, wanted, *, reason, only):
+        monkeypatch.setattr(retry, "Replanner", planner)
+        retry.retry_job(job.url, StorageOptions(), only=["corrupt"])
+        return planner(spec, wanted, reason=reason, only=only)
+
+    monkeypatch.setattr(retry, "Replanner", second)
+    code, err = call("retry", job.url, "--only", "truncated")
+    assert code == 3
+    assert "faster with a retry with corrupt" in err
+    check(job, 19, {key: kind for key, kind in BAD.items() if kind != "corrupt"})
+    assert call("retry", job.url, "--only", "truncated")[0] == 3
+    assert [plan.only for _, plan in read_plans(job)] == [(), ("corrupt",), ("truncated",)]
