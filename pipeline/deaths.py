@@ -13,6 +13,7 @@ at no frame.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import socket
 import stat
@@ -128,7 +129,7 @@ class Journal:
                     continue
                 note, name = _parse(said), path.name
                 is_ours = name.startswith(f"{job}-{lease}-")
-                if not is_ours and time.time() - path.stat().st_mtime < _OTHERS_S:
+                if not is_ours and _age_s(path) < _OTHERS_S:
                     # Its driver may live, and its next process on this machine is to find it.
                     continue
                 if note is not None and is_ours:
@@ -204,6 +205,14 @@ def _orphan(path: Path) -> Iterator[bytes | None]:
         yield os.pread(file, _NOTE_BYTES, 0)
     finally:
         os.close(file)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        # Somebody else has just swept it up.
+        return math.inf
 
 
 def _parse(said: bytes) -> tuple[int, int | None] | None:
