@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from jobs.cluster import check_cluster
-from jobs.generations import Frames, GenerationView, History, read_part
+from jobs.generations import Frames, GenerationView, History, read_part, read_plans
 from jobs.progress import say
 from jobs.replan import Replanner
 from jobs.runner import drive, reopen_job
@@ -31,6 +31,8 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         UserError: If there is no job, or no plan yet.
         JobError: If a broken shard's plan cannot be read, or the run had to stop.
     """
+    store = open_store(url, storage)
+    num_plans = len(read_plans(store))
     findings = verify_job(url, storage)
     if not findings.broken:
         hint = "; go on with `segformer3d resume`" if findings.undecided else ""
@@ -38,7 +40,10 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         return findings
     check_cluster()
     job = reopen_job(url, storage, ray)
-    history = History.load(open_store(url, storage))
+    history = History.load(store)
+    if len(history.views) != num_plans:
+        say("Somebody else has added a generation meanwhile: verifying again.")
+        return repair_job(url, storage, ray=ray)
     # An unfinished job goes on in the new generation: its drivers would stop at what is broken.
     left = {(number, item) for number, ids in findings.undecided.items() for item in ids}
     replaced = findings.broken | left

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import cli, retry
+from jobs import cli, repair, retry
 from jobs.generations import History, read_part, read_plans
 from jobs.job_dataset import JobDataset
 from jobs.runner import resume_job
@@ -430,3 +430,29 @@ def test_a_retry_that_comes_second_says_whose_plan_it_did(call, job, archive, mo
     check(job, 19, {key: kind for key, kind in BAD.items() if kind != "corrupt"})
     assert call("retry", job.url, "--only", "truncated")[0] == 3
     assert [plan.only for _, plan in read_plans(job)] == [(), ("corrupt",), ("truncated",)]
+
+
+def test_a_repair_that_comes_second_does_nothing_twice(call, job, monkeypatch):
+    damage_data(job)
+    faster = []
+
+    def verify(*arguments):
+        found = verify_job(*arguments)
+        if not faster:
+            faster.append(True)
+            with monkeypatch.context() as patch:
+                patch.setattr("pipeline.graph.run_graph", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    repair.repair_job(*arguments)
+        return found
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(repair, "verify_job", verify)
+    code, err = call("verify", job.url, "--repair")
+    assert len(read_plans(job)) == 2, "the frames are planned twice"
+    assert code == 1
+    assert "go on with `segformer3d resume`" in err
+    assert call("resume", job.url)[0] == 3
+    assert job_status(job.url, StorageOptions()).num_ok == 16
