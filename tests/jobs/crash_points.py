@@ -192,7 +192,7 @@ def _rival_planner() -> Iterator[None]:
         if kind_of(key) == "plan" and not busy:
             busy.append(key)
             spec = read_job(store).job_spec()
-            jobs.plan.make_plan(store, Generation(0), spec)
+            jobs.plan.make_plan(store, Generation(0), jobs.plan.Planner(spec))
         return plain(store, key, data)
 
     with patch("jobs.plan.create_once", create_once):
