@@ -174,7 +174,7 @@ def _best_snapshot(
     for key in reversed(keys):
         data = store.read(key)
         # Before Parquet's reader sees it: damage need not make it unreadable.
-        if not key.endswith(f"-{_digest(data)}.parquet"):
+        if not _is_whole(key, data):
             continue
         try:
             table = pq.read_table(pa.BufferReader(data))
@@ -200,6 +200,22 @@ def _write_snapshot(
     data = sink.getvalue().to_pybytes()
     name = f"snapshot-{generation.number:04d}-{len(ranges):06d}-{_digest(data)}.parquet"
     store.put(f"{MANIFEST_PREFIX}{name}", data)
+
+
+def drop_damaged_snapshots(store: Store) -> list[str]:
+    """Delete snapshots that are not what their names say; the records tell the same, slower."""
+    keys = [item.key for item in store.list(MANIFEST_PREFIX) if item.key.endswith(".parquet")]
+    damaged = [
+        key
+        for key, data in store.read_many(keys)
+        if not isinstance(data, StorageError) and not _is_whole(key, data)
+    ]
+    store.delete(damaged)
+    return damaged
+
+
+def _is_whole(key: str, data: bytes) -> bool:
+    return key.endswith(f"-{_digest(data)}.parquet")
 
 
 def _digest(data: bytes) -> str:

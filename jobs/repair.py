@@ -1,16 +1,22 @@
-"""Do anew what `verify` found broken, in a generation of its own; nothing is deleted."""
+"""Do anew what `verify` found broken, in a generation of its own.
+
+Nothing is deleted but damaged snapshots, which only save time.
+"""
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from jobs.cluster import check_cluster
 from jobs.generations import Frames, GenerationView, History, read_part, read_plans
+from jobs.lease import heartbeats
+from jobs.manifest import drop_damaged_snapshots
 from jobs.progress import say
 from jobs.replan import Replanner
 from jobs.runner import drive, reopen_job
 from jobs.spec import RaySection
 from jobs.verify import Findings, verify_job
-from pipeline.storage import StorageOptions, open_store
+from pipeline.errors import UserError
+from pipeline.storage import StorageOptions, Store, open_store
 
 
 def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = None) -> Findings:
@@ -28,16 +34,19 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         What is found at the end.
 
     Raises:
-        UserError: If there is no job, or no plan yet.
+        UserError: If there is no job, no plan yet, or a driver that is still at work.
         JobError: If a broken shard's plan cannot be read, or the run had to stop.
     """
     store = open_store(url, storage)
+    for key in drop_damaged_snapshots(store):
+        say(f"Deleted {key}, which was damaged; the records say the same.")
     num_plans = len(read_plans(store))
     findings = verify_job(url, storage)
     if not findings.broken:
         hint = "; go on with `segformer3d resume`" if findings.undecided else ""
         say(f"No shard is broken{hint}.")
         return findings
+    _refuse_company(store)
     check_cluster()
     job = reopen_job(url, storage, ray)
     history = History.load(store)
@@ -57,6 +66,17 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         )
     )
     return verify_job(url, storage)
+
+
+def _refuse_company(store: Store) -> None:
+    """A driver at work would go on with shards that nobody reads any more."""
+    for driver in heartbeats(store):
+        if driver.is_alive:
+            message = (
+                f"{store.url}: process {driver.pid} on {driver.host} works on this job; "
+                "let it end, or stop it with `segformer3d cancel`, then repair"
+            )
+            raise UserError(message)
 
 
 def _frames_of(history: History, replaced: Collection[tuple[int, int]]) -> Frames:

@@ -7,7 +7,7 @@ as a whole takes its notes along, or leaves them under another lease, and accuse
 
 A shard with a death is done frame by frame from then on, each frame noted before. A frame at which
 two more processes die is quarantined: three attempts. So is a shard at which three died that were
-at no frame.
+at no frame, or twenty frames were guilty.
 """
 
 import fcntl
@@ -35,6 +35,8 @@ from pipeline.storage import Store
 
 MAX_FRAME_DEATHS = 2
 MAX_SHARD_DEATHS = 3
+# So many deaths at single frames are no accident of some; the rest of the shard is not tried then.
+MAX_DEATHS_AT_FRAMES = 40
 
 _KIND: ErrorKind = "crash"
 _NOTE_BYTES = 64
@@ -61,7 +63,8 @@ class Deaths:
 
     def guilty(self, num_frames: int) -> frozenset[int]:
         """Places of the frames that are not tried again."""
-        if self.at_none >= MAX_SHARD_DEATHS:
+        at_frames = sum(count for _, count in self.at_frame)
+        if self.at_none >= MAX_SHARD_DEATHS or at_frames >= MAX_DEATHS_AT_FRAMES:
             return frozenset(range(num_frames))
         return frozenset(place for place, count in self.at_frame if count >= MAX_FRAME_DEATHS)
 

@@ -307,6 +307,9 @@ class CommitRecord:
             record = cls(**fields)
             numbers = (record.shard_id, record.num_rows, record.num_ok)
             sizes = [file.size_bytes for file in record.files]
+            if not record.files:
+                message = "malformed commit record: it names no data"
+                raise ValueError(message)
             if not all(type(number) is int for number in (*numbers, *sizes)):
                 message = "malformed commit record: a count is not a whole number"
                 raise ValueError(message)

@@ -145,7 +145,11 @@ class AnnotateShard:
         """A ``DecodedShard`` row to an ``AnnotatedShard`` row."""
         if table.num_rows == 0 or is_draining(self.context):
             return _nothing("class_ids", "depth")
-        return self.annotate(DecodedShard.from_table(table)).to_table()
+        annotated = self.annotate(DecodedShard.from_table(table))
+        self._note(annotated.shard_id)
+        made = annotated.to_table()
+        self._rest()
+        return made
 
     def annotate(self, shard: DecodedShard) -> AnnotatedShard:
         """Run the model over a shard's good frames.

@@ -9,6 +9,7 @@ import pytest
 from jobs import cli, repair, retry
 from jobs.generations import History, read_part, read_plans
 from jobs.job_dataset import JobDataset
+from jobs.lease import Heartbeat, beat, take_lease
 from jobs.runner import resume_job
 from jobs.status import job_status
 from jobs.verify import verify_job
@@ -456,3 +457,22 @@ def test_a_repair_that_comes_second_does_nothing_twice(call, job, monkeypatch):
     assert "go on with `segformer3d resume`" in err
     assert call("resume", job.url)[0] == 3
     assert job_status(job.url, StorageOptions()).num_ok == 16
+
+
+def test_a_repair_drops_a_damaged_snapshot(call, job):
+    key = max(item.key for item in job.list("manifest/"))
+    job.put(key, job.read(key)[:-1])
+    assert not verify_job(job.url, StorageOptions()).is_sound
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["complete"]) == (0, True)
+    assert not job.exists(key)
+    assert len(read_plans(job)) == 1
+
+
+def test_a_repair_waits_for_the_driver_at_work(call, job):
+    damage_data(job)
+    beat(job, Heartbeat.now(take_lease(job), "running"))
+    code, err = call("verify", job.url, "--repair")
+    assert code == 2
+    assert "works on this job" in err
+    assert len(read_plans(job)) == 1

@@ -168,6 +168,13 @@ def test_only_the_guilty_are_spared_and_the_rest_keep_their_pixels():
     assert none_left.pixels.shape == (0, *SIZE, 3)
 
 
+def test_a_shard_of_nothing_but_deadly_frames_is_given_up():
+    deaths = Deaths(at_frame=tuple((place, 2) for place in range(20)), at_none=1)
+    assert deaths.guilty(64) == frozenset(range(64))
+    fewer = Deaths(at_frame=deaths.at_frame[1:], at_none=1)
+    assert fewer.guilty(64) == frozenset(range(1, 20))
+
+
 FATAL = 255
 
 
