@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -48,6 +49,8 @@ def aws_environment() -> Iterator[None]:
         patch.setenv("AWS_REGION", REGION)
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        # Decoding children that were started before would not know of them.
+        patch.setattr("pipeline.decode._workers", threading.local())
         yield
 
 

@@ -8,7 +8,7 @@ from jobs.manifest import Manifest
 from jobs.runner import collect_orphans, pending_parts, write_success
 from pipeline.errors import JobError
 from pipeline.layout import SHARDS_PER_RANGE, Generation
-from pipeline.records import CommitRecord
+from pipeline.records import CommitRecord, DataFile
 from pipeline.storage import open_store
 from tests.jobs.job_parts import make_job
 
@@ -27,7 +27,7 @@ def commit(store, shard_ids, plan_id=PLAN_ID):
             shard_id=shard_id,
             plan_id=plan_id,
             attempt=f"{shard_id:032x}",
-            files=(),
+            files=(DataFile(path=f"data/{shard_id}.parquet", size_bytes=1, sha256="00"),),
             num_rows=2,
             num_ok=1,
             quarantined=(("a.jpg", shard_id, "corrupt", "broken"),),

@@ -16,7 +16,7 @@ from pipeline.storage import StorageOptions, Store, open_store
 from tests.racers import GENERATION, PLAN_ID, Report, race
 
 NUM_WRITERS = 16
-NUM_FAST_ROUNDS = 20
+NUM_FAST_ROUNDS = 8
 NUM_ROUNDS = int(os.environ.get("RACE_ROUNDS", "1000"))
 
 
