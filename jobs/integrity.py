@@ -23,6 +23,7 @@ from jobs.generations import read_part
 from jobs.plan import Plan
 from jobs.record import OUTPUT_VERSION, JobRecord
 from pipeline.errors import (
+    DAMAGE,
     ERROR_KINDS,
     JobError,
     ObjectNotFoundError,
@@ -47,18 +48,6 @@ Fault = Callable[[str], None]
 Broken = Callable[[int, str], None]
 
 _ROW_COLUMNS = ["asset", "frame_index", "status", "error_kind", "error"]
-# What damaged objects make their readers raise.
-_DAMAGE = (
-    pa.ArrowException,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    RecursionError,
-    OSError,
-)
 _SUCCESS_FIELDS = {"plan_id", "num_shards", "num_rows", "num_ok", "quarantined", "sha256"}
 _PNG_SUFFIXES = {"classes": ("_labelTrainIds.png", "_color.png"), "depth": ("_depth.png",)}
 
@@ -153,7 +142,7 @@ def with_errors(key: str, check: Callable[[], None], fault: Fault) -> None:
         check()
     except ObjectNotFoundError:
         fault(f"{key}: missing")
-    except (Segformer3dError, *_DAMAGE) as error:
+    except (Segformer3dError, pa.ArrowException, *DAMAGE) as error:
         fault(f"{key}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from jobs.progress import say, track
 from jobs.spec import JobSpec
 from pipeline.decode import probe_assets
-from pipeline.errors import InputError, JobError, UserError
+from pipeline.errors import DAMAGE, InputError, JobError, UserError
 from pipeline.geometry import Geometry, input_size
 from pipeline.layout import JOB_KEY, PNG_PREFIX, SHARDS_PER_RANGE, Generation
 from pipeline.records import Asset, ShardSpec, Slice, canonical_json, shards_to_table
@@ -43,8 +43,6 @@ _PROBES_PER_CALL = 16
 _MAX_PROBERS = 4
 # Decoded frames of one shard, about; a shard may hold twice its target.
 _MAX_SHARD_BYTES = 96 << 20
-# What a `plan.json` of any content makes its reader raise.
-_DAMAGE = (AttributeError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 
 T = TypeVar("T")
 
@@ -315,7 +313,7 @@ def read_plan(store: Store, generation: Generation) -> Plan | None:
         return None
     try:
         return Plan.from_fields(json.loads(store.read(generation.plan_key)))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         message = f"{generation.plan_key} is malformed: {error}"
         raise JobError(message) from error
 

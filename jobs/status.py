@@ -8,24 +8,13 @@ from jobs.generations import History
 from jobs.lease import Heartbeat, heartbeats
 from jobs.record import read_job
 from jobs.runner import count_kinds
-from pipeline.errors import JobError, Segformer3dError, StorageError, UserError
+from pipeline.errors import DAMAGE, JobError, Segformer3dError, StorageError, UserError
 from pipeline.layout import JOB_KEY, OWN_PREFIXES
 from pipeline.storage import StorageOptions, Store, join_url, open_store
 
 JobState = Literal[
     "submitted", "planning", "running", "interrupted", "done", "quarantined", "unreadable"
 ]
-# What damaged objects of a job make their readers raise.
-_DAMAGE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    RecursionError,
-    OSError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +99,7 @@ def job_status(url: str, storage: StorageOptions) -> JobStatus:
     """
     try:
         return _job_status(url, storage)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         message = f"{url}: damaged: {error!r}; run `verify`"
         raise JobError(message) from error
 

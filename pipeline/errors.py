@@ -30,6 +30,18 @@ ErrorKind = Literal[
 ]
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 
+# What a damaged object makes its reader raise, pyarrow's own exceptions aside.
+DAMAGE: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    OSError,
+)
+
 
 class Segformer3dError(Exception):
     """Base of all errors that this project raises on purpose."""
