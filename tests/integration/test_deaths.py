@@ -67,6 +67,7 @@ def test_a_frame_that_kills_its_actor_is_quarantined_alone(job, monkeypatch, tmp
     print(f"PROOF deadly frames: {len(DEADLY)}, actors lost {tries}, rows lost 0")
 
 
+@pytest.mark.slow
 def test_a_lost_device_replaces_the_actor_and_costs_no_frame(job, monkeypatch):
     monkeypatch.setenv("DEADLY", "device")
     driver = job.run()
