@@ -6,7 +6,7 @@ gives way to any newer row of that asset. Shards that a repair replaced are not 
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -76,7 +76,7 @@ class GenerationView:
     @functools.cached_property
     def planned(self) -> Frames:
         """Every planned frame of the shards that count, by asset."""
-        return _frames(self._shards())
+        return by_asset(frames_of(self._shards()))
 
     @functools.cached_property
     def decided(self) -> Frames:
@@ -84,7 +84,7 @@ class GenerationView:
         if self.is_complete:
             return self.planned
         done = self.manifest.done()
-        return _frames(shard for shard in self._shards() if done[shard.shard_id])
+        return by_asset(frames_of(item for item in self._shards() if done[item.shard_id]))
 
     def counts(self, asset: str, frame_index: int) -> bool:
         """Whether no newer generation has decided that frame anew."""
@@ -233,12 +233,19 @@ def covers(frames: Frames, asset: str, frame_index: int) -> bool:
     return held is not None and (frame_index == UNOPENABLE or frame_index in held)
 
 
-def _frames(shards: Iterator[ShardSpec]) -> Frames:
+def by_asset(frames: Iterable[tuple[str, int]]) -> Frames:
+    """Frame indices by asset, of ``(asset, frame_index)`` each."""
     found: dict[str, set[int]] = {}
+    for asset, index in frames:
+        found.setdefault(asset, set()).add(index)
+    return {asset: frozenset(indices) for asset, indices in found.items()}
+
+
+def frames_of(shards: Iterable[ShardSpec]) -> Iterator[tuple[str, int]]:
+    """``(asset, frame_index)`` of every frame of some shards."""
     for shard in shards:
         for part in shard.slices:
-            found.setdefault(part.asset, set()).update(part.frame_index)
-    return {asset: frozenset(indices) for asset, indices in found.items()}
+            yield from ((part.asset, index) for index in part.frame_index)
 
 
 def _num_lasting(view: GenerationView) -> int:

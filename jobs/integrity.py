@@ -6,7 +6,6 @@ Each check takes ``fault``, which is told one line per thing that is wrong, and 
 import hashlib
 import json
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from jobs.digests import fixed_digests
 from jobs.generations import read_part
 from jobs.plan import Plan
 from jobs.record import OUTPUT_VERSION, JobRecord
+from jobs.runner import summarise
 from pipeline.errors import (
     DAMAGE,
     ERROR_KINDS,
@@ -48,7 +48,8 @@ Fault = Callable[[str], None]
 Broken = Callable[[int, str], None]
 
 _ROW_COLUMNS = ["asset", "frame_index", "status", "error_kind", "error"]
-_SUCCESS_FIELDS = {"plan_id", "num_shards", "num_rows", "num_ok", "quarantined", "sha256"}
+# Of the success marker, what its generation's records decide.
+_COUNTED = {"num_rows", "num_ok", "quarantined"}
 _PNG_SUFFIXES = {"classes": ("_labelTrainIds.png", "_color.png"), "depth": ("_depth.png",)}
 
 
@@ -172,9 +173,7 @@ def _check_weights(store: Store, job: JobRecord, fault: Fault) -> None:
         "depth_codec": job.depth_codec,
         "trained": job.trained,
     }
-    for name, value in said.items():
-        if name in info and info[name] != value:
-            fault(f"{JOB_KEY}: {name} is not what the weights say")
+    _compare(said, info, "what the weights say", fault)
 
 
 def _weights_metadata(data: bytes) -> dict[str, Any]:
@@ -299,9 +298,14 @@ def _check_description(
         "output_version": job.output_version,
         "identity": job.identity,
     }
+    _compare(said, metadata, f"what {key} was made with", fault)
+
+
+def _compare(said: dict[str, Any], found: dict[str, Any], what: str, fault: Fault) -> None:
+    """See that ``job.json`` says the same as another object, as far as that says anything."""
     for name, value in said.items():
-        if name in metadata and metadata[name] != value:
-            fault(f"{JOB_KEY}: {name} is not what {key} was made with")
+        if name in found and found[name] != value:
+            fault(f"{JOB_KEY}: {name} is not {what}")
 
 
 def _metadata(store: Store, key: str, file: DataFile) -> dict[str, Any]:
@@ -341,20 +345,14 @@ def _check_success(
     data = store.read(key)
     _check_form(key, data, fault)
     said = json.loads(data)
-    found: dict[str, Any] = {"plan_id": plan.plan_id, "num_shards": plan.num_shards}
-    if not hidden:
-        # Whoever wrote it may have counted what a repair has replaced since.
-        found |= {
-            "num_rows": sum(record.num_rows for record in records.values()),
-            "num_ok": sum(record.num_ok for record in records.values()),
-            "quarantined": dict(
-                Counter(kind for record in records.values() for _, _, kind, _ in record.quarantined)
-            ),
-        }
+    found = summarise(plan, records.values())
     for name, value in found.items():
+        if hidden and name in _COUNTED:
+            # Whoever wrote it may have counted what a repair has replaced since.
+            continue
         if name not in said or said[name] != value:
             fault(f"{key}: {name} is {said.get(name)!r}, the records say {value!r}")
-    for name in said.keys() - _SUCCESS_FIELDS:
+    for name in said.keys() - found.keys() - {"sha256"}:
         fault(f"{key}: {name} is nothing that a driver writes there")
     digests = said.get("sha256", {})
     for name, digest in fixed_digests(store, generation, plan).items():

@@ -7,7 +7,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from jobs.cluster import check_cluster
-from jobs.generations import Frames, GenerationView, History, read_part, read_plans
+from jobs.generations import (
+    Frames,
+    GenerationView,
+    History,
+    by_asset,
+    frames_of,
+    read_part,
+    read_plans,
+)
 from jobs.lease import heartbeats
 from jobs.manifest import drop_damaged_snapshots
 from jobs.progress import say
@@ -16,6 +24,7 @@ from jobs.runner import drive, reopen_job
 from jobs.spec import RaySection
 from jobs.verify import Findings, verify_job
 from pipeline.errors import UserError
+from pipeline.records import ShardSpec
 from pipeline.storage import StorageOptions, Store, open_store
 
 
@@ -81,20 +90,18 @@ def _refuse_company(store: Store) -> None:
 
 def _frames_of(history: History, replaced: Collection[tuple[int, int]]) -> Frames:
     """The frames of those shards, by asset; what a newer generation decided is that one's."""
-    found: dict[str, set[int]] = {}
-    for view in history.views:
-        ids = {shard_id for number, shard_id in replaced if number == view.generation.number}
-        for asset, index in _frames_in(view, ids):
-            if view.counts(asset, index):
-                found.setdefault(asset, set()).add(index)
-    return {asset: frozenset(indices) for asset, indices in found.items()}
+
+    def frames() -> Iterator[tuple[str, int]]:
+        for view in history.views:
+            ids = {shard_id for number, shard_id in replaced if number == view.generation.number}
+            for asset, index in frames_of(_shards_in(view, ids)):
+                if view.counts(asset, index):
+                    yield asset, index
+
+    return by_asset(frames())
 
 
-def _frames_in(view: GenerationView, shard_ids: Collection[int]) -> Iterator[tuple[str, int]]:
+def _shards_in(view: GenerationView, shard_ids: Collection[int]) -> Iterator[ShardSpec]:
     for part in view.plan.parts:
         if any(part.first_shard <= item < part.first_shard + part.num_shards for item in shard_ids):
-            for shard in read_part(view.store, part):
-                if shard.shard_id in shard_ids:
-                    yield from (
-                        (piece.asset, i) for piece in shard.slices for i in piece.frame_index
-                    )
+            yield from (item for item in read_part(view.store, part) if item.shard_id in shard_ids)

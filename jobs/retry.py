@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jobs.cluster import check_cluster
-from jobs.generations import History, Quarantined
+from jobs.generations import History, by_asset
 from jobs.plan import read_plan
 from jobs.progress import say
 from jobs.replan import Replanner
@@ -53,7 +53,10 @@ def retry_job(
         return drive(job)
     frames = "1 frame" if len(chosen) == 1 else f"{len(chosen)} frames"
     say(f"Trying {frames} again that are quarantined{_with(only)}.")
-    wanted, generation = by_asset(chosen), history.next_generation
+    wanted, generation = (
+        by_asset((asset, index) for asset, index, _, _ in chosen),
+        history.next_generation,
+    )
     result = drive(
         replace(
             job,
@@ -66,14 +69,6 @@ def retry_job(
         asked = f"a {plan.reason}{_with(plan.only)}"
         say(f"Somebody else was faster with {asked}, which was done instead; retry again.")
     return result
-
-
-def by_asset(chosen: Sequence[Quarantined]) -> dict[str, frozenset[int]]:
-    """Frame indices by asset."""
-    found: dict[str, set[int]] = {}
-    for asset, index, _, _ in chosen:
-        found.setdefault(asset, set()).add(index)
-    return {asset: frozenset(indices) for asset, indices in found.items()}
 
 
 def _with(only: Sequence[str]) -> str:

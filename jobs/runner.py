@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -262,7 +262,7 @@ class _Driver:
         missing_pngs: MissingPngs = {}
         if manifest.is_complete:
             say("Every shard is decided already; files that came later need another output.")
-            missing_pngs = self._missing_pngs(History.load(self.store))
+            missing_pngs = self._missing_pngs()
         if (not manifest.is_complete or missing_pngs) and not self._stopping():
             manifest = self._compute(plan, manifest, missing_pngs)
         manifest.seal()
@@ -341,7 +341,7 @@ class _Driver:
                 say(busy_line(self.busy))
                 manifest = self._manifest(plan)
                 self.num_done = manifest.num_done
-                missing_pngs = self._missing_pngs(History.load(self.store))
+                missing_pngs = self._missing_pngs()
             if missing_pngs and not self._stopping():
                 num_missing = sum(map(len, missing_pngs.values()))
                 say(f"Writing the PNGs of {num_missing} shards that were stopped before.")
@@ -399,10 +399,11 @@ class _Driver:
             threads=spec.model.threads,
         )
 
-    def _missing_pngs(self, history: History) -> MissingPngs:
+    def _missing_pngs(self, history: History | None = None) -> MissingPngs:
         """Those of older generations too: a repair leaves behind what of them is unfinished."""
         if not self.job.spec.output.png:
             return {}
+        history = history or History.load(self.store)
         found: MissingPngs = {}
         for view in history.views[: self.generation.number + 1]:
             layout = view.generation
@@ -508,15 +509,19 @@ def write_success(
     """Say that the generation is complete; the same content whoever writes it."""
     from pipeline.storage import create_once
 
-    summary = {
+    summary = summarise(plan, records) | {"sha256": fixed_digests(store, generation, plan)}
+    create_once(store, generation.success_key, canonical_json(summary))
+
+
+def summarise(plan: Plan, records: Collection[CommitRecord]) -> dict[str, Any]:
+    """What the success marker counts of a generation."""
+    return {
         "plan_id": plan.plan_id,
         "num_shards": plan.num_shards,
         "num_rows": sum(record.num_rows for record in records),
         "num_ok": sum(record.num_ok for record in records),
         "quarantined": count_kinds(item for record in records for item in record.quarantined),
-        "sha256": fixed_digests(store, generation, plan),
     }
-    create_once(store, generation.success_key, canonical_json(summary))
 
 
 def count_kinds(quarantined: Iterable[Quarantined]) -> dict[str, int]:

@@ -4,16 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from jobs.generations import read_part
 from jobs.plan import Plan, Planner, make_plan, open_output
 from jobs.record import JobRecord, claim_output
 from jobs.runner import make_record
 from jobs.spec import JobSpec, check_spec
 from pipeline.decode import DecodeLimits
 from pipeline.layout import Generation
-from pipeline.records import AnnotatedShard, FrameRecord, ShardReceipt, ShardSpec, shards_from_table
+from pipeline.records import AnnotatedShard, FrameRecord, ShardReceipt, ShardSpec
 from pipeline.stages import PublishShard, StageContext
 from pipeline.storage import StorageOptions, Store
 from segformer3d.weights import untrained_weights
@@ -102,9 +100,5 @@ def plan_job(spec: JobSpec) -> Job:
     record = claim_output(store, make_record(spec, weights), single_driver=False)
     store.put(record.weights_key, weights)
     plan = make_plan(store, Generation(), Planner(spec))
-    shards = [
-        shard
-        for part in plan.parts
-        for shard in shards_from_table(pq.read_table(pa.BufferReader(store.read(part.key))))
-    ]
+    shards = [shard for part in plan.parts for shard in read_part(store, part)]
     return Job(spec=spec, store=store, record=record, plan=plan, shards=shards)
