@@ -6,6 +6,7 @@ import tempfile
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.deaths import Deaths, Journal, spare
 from pipeline.decode import DecodeLimits
@@ -15,6 +16,7 @@ from pipeline.stages import AnnotateShard, StageContext
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY
+from tests.predictions import assert_same_class_ids
 
 LAYOUT = Generation()
 SIZE = (64, 96)
@@ -36,6 +38,8 @@ def in_a_process(task):
     if pid == 0:
         code = 1
         try:
+            # OpenMP's threads are not there in a forked child, and to wait for them is for ever.
+            torch.set_num_threads(1)
             task()
             code = 0
         finally:
@@ -206,6 +210,10 @@ def deadly(made):
     return made
 
 
+def confidences(annotated):
+    return [item.confidence_mean for item in annotated.statistics]
+
+
 def deaths_until_done(store, shard, most=20):
     for number in range(most):
         if in_a_process(lambda: deadly(stage(store)).annotate(shard)) == 0:
@@ -226,8 +234,8 @@ def test_three_attempts_and_the_frame_alone_is_quarantined(store, values):
     expected = AnnotateShard(stage(store).context, untrained_weights(TINY)).annotate(innocent)
     assert len(annotated.class_ids) == len(expected.class_ids)
     for mine, theirs in zip(annotated.class_ids, expected.class_ids, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    assert annotated.statistics == expected.statistics
+        assert_same_class_ids(mine, theirs)
+    assert confidences(annotated) == pytest.approx(confidences(expected), rel=1e-4)
     # A resume needs no further death.
     resumed = deadly(stage(store, lease=2)).annotate(shard)
     assert [frame.error_kind for frame in resumed.frames] == kinds
