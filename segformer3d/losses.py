@@ -7,11 +7,12 @@ Sources: inverse Huber ("berHu"): Laina et al. 2016, arXiv 1606.00373, eq. 2; sc
 logarithmic error: Eigen et al. 2014, arXiv 1406.2283, eq. 4; distillation: Hinton et al. 2015,
 arXiv 1503.02531; learned weights: Kendall et al. 2018, arXiv 1705.07115; soft Jaccard index:
 Rahman and Wang 2016, "Optimizing intersection-over-union in deep neural networks for image
-segmentation".
+segmentation"; Welsch loss: Barron 2019, arXiv 1701.03077, its alpha at minus infinity.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -172,6 +173,23 @@ def relative(depth: Tensor, target: Tensor) -> Loss:
     known = target > 0
     error = (depth.float() - target).abs() / torch.where(known, target, 1)
     return Loss((error * known).sum(), known.sum().to(error))
+
+
+def outside_delta1(depth: Tensor, target: Tensor) -> Loss:
+    """How much of the known pixels is out by more than a factor of about 1.25, softly.
+
+    The Welsch loss 1 - exp(-(e / c)^2 / 2) of the logarithms' difference e, with c = ln 1.25. It
+    pulls most at the edge of delta < 1.25, and hardly at what is right already or cannot be right,
+    as the rims that a resized map blurs. So it needs another loss beside it, one that pulls from
+    afar.
+
+    Args:
+        depth: float (B, H, W), positive; smaller than a millimetre counts as that.
+        target: float (B, H, W), 0 where unknown.
+    """
+    known = target > 0
+    bends = (_log_difference(depth, target) / math.log(1.25)).square() / 2
+    return Loss((-torch.expm1(-bends) * known).sum(), known.sum().to(bends))
 
 
 def distillation(student_bkhw: Tensor, teacher_bkhw: Tensor, temperature: float) -> Loss:

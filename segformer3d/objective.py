@@ -16,6 +16,7 @@ from segformer3d.losses import (
     cross_entropy,
     log_l1,
     merge_logits,
+    outside_delta1,
     soft_jaccard,
 )
 
@@ -113,6 +114,8 @@ class Objective(nn.Module):
             known = batch.depth[pick]
             depth = resize_bilinear(outputs.depth.float(), size)[:, 0]
             terms["depth"] = (DEPTH_LOSSES[options.depth_kind](depth, known), options.depth)
+            if options.outside_delta1:
+                terms["outside"] = (outside_delta1(depth, known), options.outside_delta1)
             if options.sky_depth_m is not None:
                 sky = (class_ids == SKY_ID) & (known == 0)
                 target = sky * torch.full_like(depth, options.sky_depth_m)

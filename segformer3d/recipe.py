@@ -118,6 +118,7 @@ class LossSection(_Section):
         overlap: Weight of one less the soft Jaccard index, in which rare classes count as much.
         depth_kind: Which depth loss; see `losses`.
         depth: Its weight.
+        outside_delta1: Weight of the soft share of depths out by more than a factor 1.25.
         sky_depth_m: Depth that pixels of the class sky without a known one are drawn to.
         sky_weight: How strongly.
         stride: Looks at one pixel of each square of so many a side. The losses over all pixels
@@ -130,6 +131,7 @@ class LossSection(_Section):
     overlap: Weight = 0.0
     depth_kind: Literal["mse", "inverse_huber", "scale_invariant_log", "log_l1", "relative"] = "mse"
     depth: Weight = 1.0
+    outside_delta1: Weight = 0.0
     sky_depth_m: Positive | None = None
     sky_weight: Weight = 0.1
     stride: Annotated[int, Field(ge=1, le=4)] = 1

@@ -19,6 +19,7 @@ from segformer3d.losses import (
     log_l1,
     merge_logits,
     mse,
+    outside_delta1,
     relative,
     scale_invariant_log,
     soft_jaccard,
@@ -125,6 +126,25 @@ def test_relative(depths):
     assert loss.weight == len(pairs)
     loss.total.backward()
     assert not depths[0].grad[depths[1] == 0].any()
+
+
+def test_outside_delta1_counts_the_pixels_that_are_far_out(depths):
+    pairs = known_pairs(*depths)
+    loss = outside_delta1(*depths)
+    expected = sum(1 - math.exp(-((math.log(d / t) / math.log(1.25)) ** 2) / 2) for d, t in pairs)
+    assert loss.total.item() == pytest.approx(expected, rel=1e-5)
+    assert loss.weight == len(pairs)
+    loss.total.backward()
+    assert not depths[0].grad[depths[1] == 0].any()
+
+
+def test_outside_delta1_pulls_most_at_the_edge():
+    factors = torch.tensor([1.0, 1.1, 1.25, 2.0, 8.0])
+    log_depth = factors.log().requires_grad_()
+    outside_delta1(log_depth.exp()[None, None], torch.ones(1, 1, 5)).total.backward()
+    assert log_depth.grad.argmax() == 2
+    assert log_depth.grad[0] == 0
+    assert log_depth.grad[4] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["mse", "inverse_huber"])
@@ -257,6 +277,17 @@ def test_the_sky_is_drawn_far_away_where_its_depth_is_unknown():
     assert shown["sky"] > 0
     assert (outputs.depth.grad[0, 0, :7] < 0).all()  # larger depth, smaller loss
     assert (outputs.depth.grad[0, 0, 9:] == 0).all()
+
+
+def test_outside_delta1_stands_beside_the_depth_loss():
+    outputs, batch = outputs_of(2), batch_of(one_of_each(), [tuple(range(19))] * 2)
+    plain = Objective(make_recipe()).terms(outputs, batch)
+    terms = Objective(make_recipe(loss={"outside_delta1": 3.0})).terms(outputs, batch)
+    assert terms.keys() - plain.keys() == {"outside"}
+    loss, factor = terms["outside"]
+    assert factor == 3
+    assert loss.weight == plain["depth"][0].weight > 0
+    assert 0 < loss.total <= loss.weight
 
 
 def test_soft_jaccard_is_the_mean_over_the_classes_that_are_there():
