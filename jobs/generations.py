@@ -2,7 +2,8 @@
 
 A retry or a repair adds a generation that does some frames anew; everything else stays where it is.
 The newest row of a frame counts. A row that says that an asset cannot be opened (frame index -1)
-gives way to any newer row of that asset. Shards that a repair replaced are not read any more.
+gives way to any newer row of that asset, and a tar's own to the generation that read it anew.
+Shards that a repair replaced are not read any more.
 """
 
 import functools
@@ -76,7 +77,9 @@ class GenerationView:
     @functools.cached_property
     def planned(self) -> Frames:
         """Every planned frame of the shards that count, by asset."""
-        return by_asset(frames_of(self._shards()))
+        # What a tar that was read anew still lacks may be nothing.
+        reopened: Frames = dict.fromkeys(self.plan.reopened, frozenset())
+        return {**reopened, **by_asset(frames_of(self._shards()))}
 
     @functools.cached_property
     def decided(self) -> Frames:
@@ -159,6 +162,10 @@ class History:
     def num_ok(self) -> int:
         """Frames annotated."""
         return sum(record.num_ok for view in self.views for record in view.records)
+
+    def assets(self) -> frozenset[str]:
+        """Paths of every asset that is planned in shards that count."""
+        return frozenset(asset for view in self.views for asset in view.planned)
 
     def quarantined(self) -> Iterator[Quarantined]:
         """``(asset, frame_index, kind, reason)`` of every frame with an error."""

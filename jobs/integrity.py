@@ -193,7 +193,9 @@ class _PlanCounts:
     num_known_errors: int = 0
     num_pixels: int = 0
     roots: set[str] = field(default_factory=set)
-    assets: dict[str, set[int]] = field(default_factory=lambda: {"image": set(), "video": set()})
+    assets: dict[str, set[int]] = field(
+        default_factory=lambda: {"image": set(), "video": set(), "tar": set()}
+    )
     size_bytes: int = 0
 
     def add(self, spec: ShardSpec) -> None:

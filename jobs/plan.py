@@ -9,10 +9,11 @@ import itertools
 import json
 import os
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any, Literal, Self, TypeVar
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from pipeline.decode import probe_assets
 from pipeline.errors import DAMAGE, InputError, JobError, UserError
 from pipeline.geometry import Geometry, input_size
 from pipeline.layout import JOB_KEY, PNG_PREFIX, SHARDS_PER_RANGE, Generation
-from pipeline.records import Asset, ShardSpec, Slice, canonical_json, shards_to_table
+from pipeline.records import Asset, AssetKind, ShardSpec, Slice, canonical_json, shards_to_table
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import Sampling, slice_asset
@@ -83,6 +84,7 @@ class Plan:
         reason: Why there is this generation.
         only: Of a retry, the kinds of error that it was asked to try again; empty for all.
         replaced: Of a repair, ``(generation, shard_id)`` of what nobody shall read any more.
+        reopened: Tars that were read anew; what an older generation said of them is void.
     """
 
     plan_id: str
@@ -99,6 +101,7 @@ class Plan:
     reason: Reason = "first"
     only: tuple[str, ...] = ()
     replaced: tuple[tuple[int, int], ...] = ()
+    reopened: tuple[str, ...] = ()
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
@@ -106,7 +109,8 @@ class Plan:
         parts = tuple(PlanPart(**part) for part in fields.pop("parts"))
         only = tuple(fields.pop("only", ()))
         replaced = tuple((int(item), int(shard)) for item, shard in fields.pop("replaced", ()))
-        plan = cls(**fields, parts=parts, only=only, replaced=replaced)
+        reopened = tuple(fields.pop("reopened", ()))
+        plan = cls(**fields, parts=parts, only=only, replaced=replaced, reopened=reopened)
         if not all(type(value) is int for value in (plan.num_shards, plan.num_frames)):
             message = "a count is not a whole number"
             raise ValueError(message)
@@ -124,6 +128,9 @@ class PlanDigest:
         fields = asdict(shard)
         # A moved archive is the same archive.
         del fields["root"]
+        for part in fields["slices"]:
+            if part["container"] is None:  # as in the plans that were made before there were tars
+                del part["container"], part["offset"]
         self._hash.update(canonical_json(fields) + b"\n")
 
     @property
@@ -145,16 +152,21 @@ class Planner:
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.store, self.pattern = open_input(spec.input.url, spec.input.storage.options())
+        self._excluded = [compile_glob(pattern) for pattern in spec.input.exclude]
         self.assets, self.num_ignored = self._list()
         self._digest = PlanDigest()
         self._counts = dict.fromkeys(
             ("num_shards", "num_frames", "num_known_errors", "num_pixels"), 0
         )
+        self._num_assets: Counter[AssetKind] = Counter()
+        self._size_bytes = 0
         self._duration_s = 0.0
 
     def shards(self) -> Iterator[ShardSpec]:
         """Probe the assets and gather their frames into shards, in order; once only."""
-        probes = track(self._probes(), "planning", total=len(self.assets), unit="assets")
+        # How many members a tar has shows only when it is read.
+        total = None if any(asset.kind == "tar" for asset in self.assets) else len(self.assets)
+        probes = track(self._probes(), "planning", total=total, unit="assets")
         slices = gather(self._slices(probes))
         for shard_id, (size, parts) in enumerate(slices):
             shard = ShardSpec(
@@ -171,10 +183,10 @@ class Planner:
         """What was planned, after ``shards`` has been read to its end."""
         return Plan(
             plan_id=self._digest.plan_id,
-            num_images=sum(asset.kind == "image" for asset in self.assets),
-            num_videos=sum(asset.kind == "video" for asset in self.assets),
+            num_images=self._num_assets["image"],
+            num_videos=self._num_assets["video"],
             num_ignored=self.num_ignored,
-            size_bytes=sum(asset.size_bytes for asset in self.assets),
+            size_bytes=self._size_bytes,
             video_duration_s=self._duration_s,
             num_shards=self._counts["num_shards"],
             num_frames=self._counts["num_frames"],
@@ -184,38 +196,33 @@ class Planner:
         )
 
     def _list(self) -> tuple[list[Asset], int]:
-        excluded = [compile_glob(pattern) for pattern in self.spec.input.exclude]
         if self.store.url == self.spec.output.url:
             message = f"{self.spec.output.url}: this is the archive's folder; name another --output"
             raise UserError(message)
 
-        def wanted(key: str) -> bool:
-            return not any(pattern.fullmatch(key) for pattern in excluded)
-
-        listing = list_assets(self.store, self.pattern, wanted=wanted)
+        listing = list_assets(self.store, self.pattern, wanted=self._is_wanted, with_tars=True)
         if listing.num_unreadable:
             say(f"{listing.num_unreadable} folders of the archive could not be read: left out.")
         assets = _without_outputs(self.store, listing.assets)
+        _refuse_double_paths(assets)
         if not assets:
             message = (
-                f"{self.spec.input.url}: no image or video here"
+                f"{self.spec.input.url}: no image, video or tar here"
                 f" ({listing.num_ignored} other files); name a folder, a file or a glob"
             )
             raise UserError(message)
         return assets, listing.num_ignored
 
+    def _is_wanted(self, key: str) -> bool:
+        return not any(pattern.fullmatch(key) for pattern in self._excluded)
+
     def _probes(self) -> Iterator[AssetProbe]:
         """Probes in the order of the assets, from a few decoding children at a time."""
-
-        def probe(assets: Sequence[Asset]) -> list[AssetProbe]:
-            options, limits = self.spec.input.storage.options(), self.spec.limits.limits()
-            return probe_assets(self.store.url, assets, options, limits)
-
         pool = ThreadPoolExecutor(min(_MAX_PROBERS, os.cpu_count() or 1))
         try:
             waiting: deque[Future[list[AssetProbe]]] = deque()
             for chunk in _chunks(iter(self.assets), _PROBES_PER_CALL):
-                waiting.append(pool.submit(probe, chunk))
+                waiting.append(pool.submit(self._probe, chunk))
                 if len(waiting) > 2 * _MAX_PROBERS:
                     yield from waiting.popleft().result()
             while waiting:
@@ -224,8 +231,29 @@ class Planner:
             # An interrupted plan does not wait for what nobody will read.
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _probe(self, assets: Sequence[Asset]) -> list[AssetProbe]:
+        """Probe some assets; in the place of a tar come its members, and what is wrong with it."""
+        options, limits = self.spec.input.storage.options(), self.spec.limits.limits()
+        probes: list[AssetProbe] = []
+        for probe in probe_assets(self.store.url, assets, options, limits):
+            if probe.asset.kind == "tar":
+                members, failed = self._contents(probe)
+                for chunk in _chunks(iter(members), _PROBES_PER_CALL):
+                    probes += probe_assets(self.store.url, chunk, options, limits)
+                probes += failed
+            else:
+                probes.append(probe)
+        return probes
+
+    def _contents(self, tar: AssetProbe) -> tuple[list[Asset], list[AssetProbe]]:
+        """The members of a tar that are to be probed, and what needs no further look."""
+        wanted = [item for item in tar.members if self._is_wanted(unescape_path(item.path))]
+        return wanted, faults_of_tar(tar)
+
     def _slices(self, probes: Iterable[AssetProbe]) -> Iterator[tuple[tuple[int, int], Slice, int]]:
         for probe in probes:
+            self._num_assets[probe.asset.kind] += 1
+            self._size_bytes += probe.asset.size_bytes
             self._duration_s += probe.duration_s
             target = self._target_frames(probe)
             for part in self._parts(probe, target):
@@ -262,6 +290,16 @@ class Planner:
             else:
                 pixels = shard.input_width_px * shard.input_height_px
                 self._counts["num_pixels"] += pixels * len(part.frame_index)
+
+
+def faults_of_tar(tar: AssetProbe) -> list[AssetProbe]:
+    """What stands for a tar that cannot be opened, or not be read to its end."""
+    if tar.error_kind is not None:
+        return [tar]
+    if tar.missing_kind is None:
+        return []
+    kind, message = tar.missing_kind, tar.missing_error
+    return [AssetProbe(asset=tar.asset, error_kind=kind, error=message)]
 
 
 def sized(part: Slice, geometry: Geometry) -> tuple[tuple[int, int], Slice]:
@@ -366,6 +404,20 @@ def _without_outputs(store: Store, assets: Sequence[Asset]) -> list[Asset]:
         return False
 
     return [asset for asset in assets if not is_output(asset)]
+
+
+def _refuse_double_paths(assets: Sequence[Asset]) -> None:
+    """On S3, ``a.tar`` may be an object and a folder: two files could have one path.
+
+    Raises:
+        UserError: If that is so.
+    """
+    tars = {asset.path for asset in assets if asset.kind == "tar"}
+    for asset in assets if tars else ():
+        for parent in PurePosixPath(asset.path).parents:
+            if str(parent) in tars:
+                message = f"{parent}: both a tar and a folder; leave one out with input.exclude"
+                raise UserError(message)
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:

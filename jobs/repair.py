@@ -71,7 +71,13 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         replace(
             job,
             generation=history.next_generation,
-            planner=lambda: Replanner(job.spec, wanted, reason="repair", replaced=sorted(replaced)),
+            planner=lambda: Replanner(
+                job.spec,
+                wanted,
+                reason="repair",
+                replaced=sorted(replaced),
+                held=history.assets,
+            ),
         )
     )
     return verify_job(url, storage)

@@ -1,26 +1,29 @@
 """Plan some frames of a job anew: the generation of a retry or of a repair."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from jobs.generations import UNOPENABLE, Frames
-from jobs.plan import Plan, Planner, PlanPart, Reason
+from jobs.plan import Plan, Planner, PlanPart, Reason, faults_of_tar
 from jobs.spec import JobSpec
 from pipeline.errors import ErrorKind, StorageError
 from pipeline.records import Asset, Slice
 from pipeline.sources.assets import AssetProbe
-from pipeline.sources.listing import asset_kind
+from pipeline.sources.listing import asset_kind, is_tar
 from pipeline.sources.slicing import slice_asset
-from pipeline.storage import unescape_path
+from pipeline.storage import escape_path, unescape_path
 
 _GONE: tuple[ErrorKind, str] = ("count_mismatch", "the file no longer holds this frame")
+
+_NO_MEMBER: tuple[ErrorKind, str] = ("not_found", "the tar no longer holds this file")
 
 
 class Replanner(Planner):
     """Plans exactly the wanted frames, of the files as they are now.
 
-    What could not be opened before and can be now gives all its frames; what cannot be opened any
-    more gives the wanted frames, with the reason as their error.
+    What could not be opened before and can be now gives all its frames, and a tar what was not
+    planned before; what cannot be opened any more gives the wanted frames, with the reason as
+    their error.
 
     Args:
         spec: The job.
@@ -28,6 +31,7 @@ class Replanner(Planner):
         reason: Why.
         only: Of a retry, the kinds that were asked for.
         replaced: Of a repair, ``(generation, shard_id)`` of what nobody shall read any more.
+        held: Gives every asset that was planned before; asked if a tar itself is wanted.
     """
 
     def __init__(
@@ -38,8 +42,11 @@ class Replanner(Planner):
         reason: Reason,
         only: Sequence[str] = (),
         replaced: Sequence[tuple[int, int]] = (),
+        held: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._wanted = wanted
+        self._held = held
+        self._inside: dict[str, set[str]] = {}  # wanted members, by tar
         self._reason: Reason = reason
         self._only, self._replaced = tuple(only), tuple(replaced)
         super().__init__(spec)
@@ -47,12 +54,37 @@ class Replanner(Planner):
     def plan(self, parts: Sequence[PlanPart] = ()) -> Plan:
         """What was planned, and why."""
         return replace(
-            super().plan(parts), reason=self._reason, only=self._only, replaced=self._replaced
+            super().plan(parts),
+            reason=self._reason,
+            only=self._only,
+            replaced=self._replaced,
+            reopened=tuple(sorted(self._wanted.keys() & self._inside.keys())),
         )
 
     def _list(self) -> tuple[list[Asset], int]:
-        paths = sorted(self._wanted, key=str.encode)
-        return [self._asset(path) for path in paths], 0
+        files = set()
+        for path in self._wanted:
+            tar = self._tar_of(path)
+            if tar is not None:
+                members = self._inside.setdefault(tar, set())
+                members.update({path} - {tar})
+            files.add(tar or path)
+        return [self._asset(path) for path in sorted(files, key=str.encode)], 0
+
+    def _tar_of(self, path: str) -> str | None:
+        """The tar that an asset is, or lies in."""
+        key = unescape_path(path)
+        if is_tar(key):
+            return path
+        ends = [place for place, char in enumerate(key) if char == "/" and is_tar(key[:place])]
+        tars = (escape_path(key[:end]) for end in ends)
+        return next((tar for tar in tars if tar in self._inside or self._is_there(tar)), None)
+
+    def _is_there(self, path: str) -> bool:
+        try:
+            return self.store.exists(unescape_path(path))
+        except StorageError:
+            return False
 
     def _asset(self, path: str) -> Asset:
         """The file as it is now; of one that is gone, or may not be read, its probe says so."""
@@ -65,12 +97,27 @@ class Replanner(Planner):
                 etag = info.etag or self.store.fingerprint(key)
         except StorageError:
             pass
-        kind = asset_kind(key) or "image"
+        kind = "tar" if path in self._inside else asset_kind(key) or "image"
         return Asset(path=path, kind=kind, size_bytes=size_bytes, etag=etag)
 
+    def _contents(self, tar: AssetProbe) -> tuple[list[Asset], list[AssetProbe]]:
+        path = tar.asset.path
+        inside, is_wanted = self._inside[path], path in self._wanted
+        news = {item.path for item in super()._contents(tar)[0]} if is_wanted else set()
+        if news:
+            news.difference_update(self._held())
+        members = [item for item in tar.members if item.path in inside or item.path in news]
+        failed = faults_of_tar(tar) if is_wanted else []
+        kind, message = (tar.error_kind, tar.error) if tar.error_kind else _NO_MEMBER
+        for lost in sorted(inside.difference(item.path for item in tar.members), key=str.encode):
+            asset = Asset(path=lost, kind=asset_kind(lost) or "image", size_bytes=0, etag="")
+            failed.append(AssetProbe(asset=asset, error_kind=kind, error=message))
+        return members, failed
+
     def _parts(self, probe: AssetProbe, target_frames: int) -> list[Slice]:
-        wanted = self._wanted[probe.asset.path]
-        if UNOPENABLE in wanted:
+        wanted = self._wanted.get(probe.asset.path)
+        # A tar that is read anew has members that nobody asked for by name.
+        if wanted is None or UNOPENABLE in wanted:
             return super()._parts(probe, target_frames)
         # Of all frames: what is wanted was sampled before, of the file as it was then.
         parts = slice_asset(probe, target_frames=target_frames)

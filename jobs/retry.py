@@ -61,7 +61,9 @@ def retry_job(
         replace(
             job,
             generation=generation,
-            planner=lambda: Replanner(job.spec, wanted, reason="retry", only=only),
+            planner=lambda: Replanner(
+                job.spec, wanted, reason="retry", only=only, held=history.assets
+            ),
         )
     )
     plan = read_plan(job.store, generation)

@@ -317,6 +317,7 @@ class _ProbeLedger:
                 "keyframe_pts": tuple(event[2]["keyframe_pts"]),
                 "time_base": Fraction(event[2]["time_base"]),
                 "capture": Capture(**event[2]["capture"]),
+                "members": tuple(Asset(**member) for member in event[2]["members"]),
             }
             probe = AssetProbe(asset=self._assets[entry], **fields)
             _check_sense(probe)
@@ -491,6 +492,23 @@ def _check_sense(probe: AssetProbe) -> None:
         raise ValueError(message)
     if min(counts) < 0 or max(map(abs, (*counts, *ticks))) >= _INT64:
         message = "a probe with impossible numbers"
+        raise ValueError(message)
+    for member in probe.members:
+        _check_member(member, probe.asset)
+
+
+def _check_member(member: Asset, tar: Asset) -> None:
+    numbers = member.offset, member.size_bytes
+    is_own = (member.container, member.etag) == (tar.path, tar.etag)
+    if (
+        not is_own
+        or member.kind not in {"image", "video"}
+        or not member.path.startswith(f"{tar.path}/")
+    ):
+        message = "a member of another tar"
+        raise ValueError(message)
+    if set(map(type, numbers)) != {int} or min(numbers) < 0 or sum(numbers) > tar.size_bytes:
+        message = "a member that lies outside its tar"
         raise ValueError(message)
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from io import SEEK_END
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import cv2
@@ -48,8 +48,9 @@ from pipeline.geometry import UInt8Array, resize
 from pipeline.records import Asset, Slice
 from pipeline.sources.assets import AssetProbe, DecodeLimits, check_pixels
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
+from pipeline.sources.tar import probe_tar
 from pipeline.sources.video import probe_video, quiet_ffmpeg, read_frames
-from pipeline.storage import Store, open_store, unescape_path
+from pipeline.storage import Store, open_store, open_window, unescape_path
 
 _PREFETCH_THREADS = 8
 _PREFETCH_BYTES = 128 << 20
@@ -228,18 +229,32 @@ def _read_image(
 
 def _fetch_image(store: Store, part: Slice, limits: DecodeLimits) -> bytes:
     _check_file_size(part.size_bytes, limits)
-    data, etag = store.read_with_fingerprint(unescape_path(part.asset))
+    data, etag = _read(store, part)
     _check_unchanged(part, len(data), etag)
     return data
+
+
+def _read(store: Store, where: Asset | Slice) -> tuple[bytes, str]:
+    """All bytes of an asset, and the fingerprint of the file that holds it."""
+    key = unescape_path(where.file)
+    if where.container is None:
+        return store.read_with_fingerprint(key)
+    if not where.size_bytes:
+        return b"", store.fingerprint(key)
+    return store.read_range_with_fingerprint(key, where.offset, where.size_bytes)
+
+
+def _open(store: Store, where: Asset | Slice) -> BinaryIO:
+    file = store.open_seekable(unescape_path(where.file))
+    return file if where.container is None else open_window(file, where.offset, where.size_bytes)
 
 
 def _read_video(
     item: DecodeItem, store: Store, limits: DecodeLimits, pulse: _Pulse
 ) -> Iterator[Outcome]:
     part = item.part
-    key = unescape_path(part.asset)
-    with store.open_seekable(key) as file:
-        _check_unchanged(part, file.seek(0, SEEK_END), store.fingerprint(key))
+    with _open(store, part) as file:
+        _check_unchanged(part, file.seek(0, SEEK_END), store.fingerprint(unescape_path(part.file)))
         size = part.width, part.height
         for outcome in read_frames(file, part.pts, part.seek_pts, size, limits, pulse.beat):
             slot = item.slots[outcome.position]
@@ -280,8 +295,10 @@ def _probe(request: ProbeRequest, pulse: _Pulse) -> None:
         if asset.kind == "image":
             probe = partial(_probe_image, store, asset, heads, num_images, request.limits)
             num_images += 1
-        else:
+        elif asset.kind == "video":
             probe = partial(_probe_video, store, asset, request.limits, pulse)
+        else:
+            probe = partial(_probe_tar, store, asset, pulse)
         try:
             pulse.emit(["probe", index, _fields(probe())])
         except CredentialsError:
@@ -293,7 +310,8 @@ def _probe(request: ProbeRequest, pulse: _Pulse) -> None:
 
 def _fetch_head(store: Store, asset: Asset, limits: DecodeLimits) -> bytes:
     _check_file_size(asset.size_bytes, limits)
-    return store.read_range(unescape_path(asset.path), 0, HEAD_BYTES)
+    length = min(HEAD_BYTES, asset.size_bytes) if asset.container else HEAD_BYTES
+    return store.read_range(unescape_path(asset.file), asset.offset, length)
 
 
 def _probe_image(
@@ -303,7 +321,7 @@ def _probe_image(
     header = read_header(data)
     if header is None:
         if len(data) < asset.size_bytes:
-            data = store.read(unescape_path(asset.path))
+            data, _ = _read(store, asset)
             header = read_header(data)
         if header is None:
             _, (width, height) = decode_image(data, limits)
@@ -319,8 +337,13 @@ def _probe_image(
 
 
 def _probe_video(store: Store, asset: Asset, limits: DecodeLimits, pulse: _Pulse) -> AssetProbe:
-    with store.open_seekable(unescape_path(asset.path)) as file:
+    with _open(store, asset) as file:
         return probe_video(file, asset, limits, pulse.beat)
+
+
+def _probe_tar(store: Store, asset: Asset, pulse: _Pulse) -> AssetProbe:
+    with _open(store, asset) as file:
+        return probe_tar(file, asset, pulse.beat)
 
 
 def _fields(probe: AssetProbe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.errors import ErrorKind
 
-AssetKind = Literal["image", "video"]
+AssetKind = Literal["image", "video", "tar"]
 UInt8Array = npt.NDArray[np.uint8]
 UInt16Array = npt.NDArray[np.uint16]
 Float32Array = npt.NDArray[np.float32]
@@ -25,19 +25,30 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One file of an archive, as listed.
+    """One file of an archive, as listed, or a member of a tar file there.
 
     Attributes:
-        path: Path relative to the archive's root, escaped by ``storage.escape_path``.
-        kind: Whether it is read as a still image or as a video.
-        size_bytes: Size of the file.
-        etag: Content fingerprint: the store's ETag, or size and a hash of both ends of a file.
+        path: Path relative to the archive's root, escaped by ``storage.escape_path``; a member's
+            is its tar's path, a slash, and its name.
+        kind: Whether it is read as a still image, as a video, or for its members.
+        size_bytes: Size of the file or of the member.
+        etag: Content fingerprint: the store's ETag, or size and a hash of both ends of a file; a
+            member has its tar's.
+        container: Path of the tar that it is a member of, if it is one.
+        offset: Where in the file it begins.
     """
 
     path: str
     kind: AssetKind
     size_bytes: int
     etag: str
+    container: str | None = None
+    offset: int = 0
+
+    @property
+    def file(self) -> str:
+        """Path of the file that holds it."""
+        return self.container or self.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,8 @@ class Slice:
         kind: As in ``Asset.kind``.
         size_bytes: As in ``Asset.size_bytes``.
         etag: As in ``Asset.etag``.
+        container: As in ``Asset.container``.
+        offset: As in ``Asset.offset``.
         width: The asset's width in pixels after orientation; 0 if it could not be opened.
         height: The asset's height, likewise.
         frame_index: Rank of each frame in the asset's presentation order; 0 for an image, -1 for
@@ -79,6 +92,13 @@ class Slice:
     longitude: float | None = None
     error_kind: ErrorKind | None = None
     error: str | None = None
+    container: str | None = None
+    offset: int = 0
+
+    @property
+    def file(self) -> str:
+        """Path of the file that holds the asset."""
+        return self.container or self.asset
 
     def take(self, places: Sequence[int]) -> Self:
         """The same with only the frames at these places."""
@@ -376,6 +396,8 @@ _SLICE = pa.struct(
         pa.field("longitude", pa.float64()),
         pa.field("error_kind", pa.string()),
         pa.field("error", pa.string()),
+        pa.field("container", pa.string()),
+        pa.field("offset", pa.int64(), nullable=False),
     ]
 )
 PLAN_SCHEMA = pa.schema(

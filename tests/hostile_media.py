@@ -1,10 +1,12 @@
-"""Hostile files, made from real ones: seeded mutations of images and videos.
+"""Hostile files, made from real ones: seeded mutations of images, videos and tars.
 
 Any mutant can be made again from its seed and its number alone.
 """
 
 import io
+import itertools
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.media import encode_cv2, encode_image, picture, write_video
+from tests.media import encode_cv2, encode_image, picture, tar_of, write_video
 
 Rng = np.random.Generator
 Mutator = Callable[[bytes, Rng], bytes]
@@ -61,14 +63,14 @@ def make_corpus(folder: Path) -> dict[str, bytes]:
         path = write_video(folder / name, **{"num_frames": 12, "gop": 4, **options})
         files[name] = path.read_bytes()
         path.unlink()
-    return files
+    return files | _tars(files)
 
 
 def make_mutant(corpus: Mapping[str, bytes], seed: int, number: int) -> Mutant:
-    """Mutant ``number`` of a seed; every fourth is of a video."""
+    """Mutant ``number`` of a seed; every fourth is of a video, every tenth of a tar."""
     rng = np.random.default_rng([seed, number])
-    is_video = number % 4 == 3
-    names = sorted(name for name in corpus if (name in _VIDEOS) == is_video)
+    kind = "tar" if number % 10 == 8 else "video" if number % 4 == 3 else "image"
+    names = sorted(name for name in corpus if _kind(name) == kind)
     source = names[rng.integers(len(names))]
     data, steps = corpus[source], []
     for _ in range(1 + rng.integers(3) * rng.integers(2)):
@@ -85,6 +87,18 @@ def make_mutant(corpus: Mapping[str, bytes], seed: int, number: int) -> Mutant:
         extension = _EXTENSIONS[rng.integers(len(_EXTENSIONS))]
         steps.append(f"as .{extension}")
     return Mutant(f"m{number:06d}.{extension}", data, f"{source}: {', '.join(steps)}")
+
+
+def _kind(name: str) -> str:
+    return "tar" if name.endswith(".tar") else "video" if name in _VIDEOS else "image"
+
+
+def _tars(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    long = f"{'folder/' * 20}rgb.png"
+    chosen = ("exif.jpg", "rgb.png", "h264.mp4", "still.gif")
+    members = [(name, files[name]) for name in chosen] + [(long, files["rgb.png"])]
+    formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+    return {f"{name}.tar": tar_of(members, format) for name, format in formats.items()}
 
 
 def _images() -> dict[str, bytes]:
@@ -150,7 +164,7 @@ _VIDEOS: dict[str, dict[str, object]] = {
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
 }
 _EXTENSIONS = (
-    "avif avi bmp gif hdr jp2 jpg mkv mov mp4 pam pbm pgm png ppm ras tiff ts webp".split()  # noqa: SIM905
+    "avif avi bmp gif hdr jp2 jpg mkv mov mp4 pam pbm pgm png ppm ras tar tiff ts webp".split()  # noqa: SIM905
 )
 
 
@@ -268,17 +282,18 @@ def _value(rng: Rng, size: int) -> int:
 
 
 def _mutators_for(data: bytes) -> tuple[Mutator, ...]:
-    if data.startswith(b"\x89PNG"):
-        return _png_length, _png_header, _png_order, _png_texts, _png_exif, _png_bomb
-    if data.startswith(b"\xff\xd8"):
-        return _jpeg_length, _jpeg_size, _jpeg_segments, _jpeg_exif
-    if data[4:8] == b"ftyp":
-        return _box_size, _box_number, _box_number, _box_order
-    if data[:1] == b"\x47" and len(data) % _TS_PACKET == 0:
-        return (_ts_packets,)
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        return (_tiff_entry,)
-    return ()
+    """Those that know the format, by the file's first bytes."""
+    is_of: dict[tuple[Mutator, ...], bool] = {
+        (_png_length, _png_header, _png_order, _png_texts, _png_exif, _png_bomb): (
+            data.startswith(b"\x89PNG")
+        ),
+        (_jpeg_length, _jpeg_size, _jpeg_segments, _jpeg_exif): data.startswith(b"\xff\xd8"),
+        (_box_size, _box_number, _box_number, _box_order): data[4:8] == b"ftyp",
+        (_ts_packets,): data[:1] == b"\x47" and len(data) % _TS_PACKET == 0,
+        (_tiff_entry,): data[:4] in (b"II*\0", b"MM\0*"),
+        (_tar_field, _tar_field, _tar_blocks): data[257:262] == b"ustar",
+    }
+    return next((mutators for mutators, fits in is_of.items() if fits), ())
 
 
 def _png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -499,6 +514,57 @@ def _ts_packets(data: bytes, rng: Rng) -> bytes:
             other = int(rng.integers(len(order)))
             order[place], order[other] = order[other], order[place]
     return b"".join(packets[place] for place in order)
+
+
+def _tar_headers(data: bytes) -> list[int]:
+    return [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
+
+
+def _tar_field(data: bytes, rng: Rng) -> bytes:
+    """A header with a right checksum and another name, size, type, link or record."""
+    headers = _tar_headers(data)
+    if not headers:
+        return data
+    at = headers[rng.integers(len(headers))]
+    block = bytearray(data[at : at + 512])
+    start, length = ((0, 100), (124, 12), (124, 12), (156, 1), (157, 100), (345, 155))[
+        rng.integers(6)
+    ]
+    block[start : start + length] = _tar_value(rng, length)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return data[:at] + bytes(block) + data[at + 512 :]
+
+
+def _tar_value(rng: Rng, length: int) -> bytes:
+    if length == 1:
+        return b"0123456789LKxgSDMNV\0"[(at := rng.integers(20)) : at + 1]
+    if length == 12:
+        number = int(rng.choice((0, 1, 511, 512, 513, 8**11 - 1, int(rng.integers(1 << 20)))))
+        base_256 = b"\x80" + rng.bytes(11), b"\xff" * 12, b"\xff" + rng.bytes(11)
+        return (b"%011o\0" % number, *base_256, b"-0000000001\0")[rng.integers(5)]
+    names = (
+        b"../up.png",
+        b"/root.png",
+        b"a//b.png",
+        b"\xff\xfe.png",
+        b"a\nb.png",
+        b"rgb.png",
+        b"...",
+    )
+    return names[rng.integers(len(names))].ljust(length, b"\0")
+
+
+def _tar_blocks(data: bytes, rng: Rng) -> bytes:
+    """Members are lost, come twice, or in another order."""
+    places = [*_tar_headers(data), len(data)]
+    pieces = [data[start:stop] for start, stop in itertools.pairwise(places)]
+    if not pieces:
+        return data
+    pieces.insert(int(rng.integers(len(pieces) + 1)), pieces.pop(int(rng.integers(len(pieces)))))
+    if rng.random() < 0.5:
+        pieces.append(pieces[int(rng.integers(len(pieces)))])
+    return b"".join(pieces)
 
 
 def _tiff_entry(data: bytes, rng: Rng) -> bytes:

@@ -1,6 +1,7 @@
 """Real media for tests, made here: images in their variants, and videos by PyAV's encoders."""
 
 import io
+import tarfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -147,3 +148,14 @@ def damage(path: Path, offset: int, length: int, seed: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[offset : offset + length] = np.random.default_rng(seed).bytes(length)
     path.write_bytes(data)
+
+
+def tar_of(files: Sequence[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> bytes:
+    """An uncompressed tar of regular files, in this order; names may repeat."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in files:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()

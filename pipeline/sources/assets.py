@@ -45,6 +45,7 @@ class AssetProbe:
         num_missing: Frames that are promised or evident but cannot be demuxed.
         missing_kind: Their kind of error.
         missing_error: The message that goes with it.
+        members: Of a tar, the images and videos that it holds, in its order.
         error_kind: Set if the asset cannot be opened at all.
         error: The message that goes with it.
     """
@@ -62,6 +63,7 @@ class AssetProbe:
     num_missing: int = 0
     missing_kind: ErrorKind | None = None
     missing_error: str | None = None
+    members: tuple[Asset, ...] = ()
     error_kind: ErrorKind | None = None
     error: str | None = None
 

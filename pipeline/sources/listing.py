@@ -1,4 +1,4 @@
-"""From a store to the sorted list of its images and videos."""
+"""From a store to the sorted list of its images, videos and tar files."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +14,7 @@ IMAGE_EXTENSIONS = frozenset(
     "avif bmp dib gif hdr jp2 jpe jpeg jpg pam pbm pgm pic png pnm ppm ras sr tif tiff webp".split()  # noqa: SIM905
 )
 VIDEO_EXTENSIONS = frozenset("avi m2ts m4v mkv mov mp4 mts ts webm".split())  # noqa: SIM905
+TAR_EXTENSION = "tar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Listing:
     """What an archive holds.
 
     Attributes:
-        assets: Images and videos, sorted by the bytes of their escaped paths.
+        assets: Images, videos and tars, sorted by the bytes of their escaped paths.
         num_hidden: Files skipped because they or a folder above them start with a dot.
         ignored: Number of other files that are no asset, by lower-case extension.
         num_unreadable: Folders skipped because they cannot be listed.
@@ -34,7 +35,7 @@ class Listing:
 
     @property
     def num_ignored(self) -> int:
-        """Files that are neither hidden nor an image or a video by extension."""
+        """Files that are neither hidden nor an asset by extension."""
         return sum(self.ignored.values())
 
 
@@ -43,6 +44,7 @@ def list_assets(
     pattern: str | None = None,
     *,
     wanted: Callable[[str], bool] | None = None,
+    with_tars: bool = False,
     threads: int = 16,
 ) -> Listing:
     """List the images and videos of an archive, by extension, in all its folders.
@@ -53,12 +55,13 @@ def list_assets(
         store: The archive.
         pattern: Glob for ``compile_glob`` that keys must match; None for everything.
         wanted: Says of a key whether it is part of the archive; None for all.
+        with_tars: Whether tar files are assets, too.
         threads: Files fingerprinted at a time, where the listing itself has no ETag.
 
     Raises:
         StorageError: If the store cannot be listed.
     """
-    found: dict[str, ObjectInfo] = {}
+    found: dict[str, tuple[ObjectInfo, AssetKind]] = {}
     ignored: Counter[str] = Counter()
     unreadable: set[str] = set()
     num_hidden = 0
@@ -67,18 +70,19 @@ def list_assets(
         # A store that is merely unavailable must not make the archive smaller.
         if isinstance(error, StoreUnavailableError):
             raise error
-        if not _is_hidden(key) and (wanted is None or wanted(f"{key}/")):
+        if not is_hidden(key) and (wanted is None or wanted(f"{key}/")):
             unreadable.add(key)
 
     for info in store.glob(pattern, on_error=skip):
         if wanted is not None and not wanted(info.key):
             continue
-        if _is_hidden(info.key):
+        kind = asset_kind(info.key) or ("tar" if with_tars and is_tar(info.key) else None)
+        if is_hidden(info.key):
             num_hidden += 1
-        elif asset_kind(info.key) is None:
+        elif kind is None:
             ignored[_extension(info.key)] += 1
         else:
-            found[escape_path(info.key)] = info
+            found[escape_path(info.key)] = info, kind
     assets = sorted(_assets(store, found, threads), key=lambda asset: asset.path.encode())
     return Listing(
         assets=tuple(assets),
@@ -96,11 +100,21 @@ def asset_kind(key: str) -> AssetKind | None:
     return "video" if extension in VIDEO_EXTENSIONS else None
 
 
-def _assets(store: Store, found: Mapping[str, ObjectInfo], threads: int) -> Iterator[Asset]:
+def is_tar(key: str) -> bool:
+    """Whether a file is read for its members, by its extension in any case."""
+    return _extension(key) == TAR_EXTENSION
+
+
+def is_hidden(key: str) -> bool:
+    """Whether a file or a folder above it starts with a dot."""
+    return any(segment.startswith(".") for segment in key.split("/"))
+
+
+def _assets(
+    store: Store, found: Mapping[str, tuple[ObjectInfo, AssetKind]], threads: int
+) -> Iterator[Asset]:
     def describe(path: str) -> Asset:
-        info = found[path]
-        kind = asset_kind(info.key)
-        assert kind is not None  # noqa: S101 - only assets are found
+        info, kind = found[path]
         try:
             etag = info.etag or store.fingerprint(info.key)
         except StorageError:
@@ -113,7 +127,3 @@ def _assets(store: Store, found: Mapping[str, ObjectInfo], threads: int) -> Iter
 
 def _extension(key: str) -> str:
     return PurePosixPath(key).suffix.removeprefix(".").lower()
-
-
-def _is_hidden(key: str) -> bool:
-    return any(segment.startswith(".") for segment in key.split("/"))

@@ -176,4 +176,6 @@ def _slice(
         longitude=probe.capture.longitude,
         error_kind=error_kind,
         error=error,
+        container=asset.container,
+        offset=asset.offset,
     )

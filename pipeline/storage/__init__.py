@@ -16,6 +16,7 @@ from pipeline.storage.paths import (
     split_glob,
     unescape_path,
 )
+from pipeline.storage.seekable import open_window
 
 __all__ = [
     "ObjectInfo",
@@ -27,6 +28,7 @@ __all__ = [
     "join_url",
     "open_input",
     "open_store",
+    "open_window",
     "probe_conditional_writes",
     "read_file",
     "safe_relative",

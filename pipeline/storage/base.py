@@ -78,6 +78,10 @@ class Store(ABC):
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """The object's bytes from ``start``; fewer than ``length`` only at its end."""
 
+    def read_range_with_fingerprint(self, key: str, start: int, length: int) -> tuple[bytes, str]:
+        """As ``read_range``, of at least one byte, and the whole object's ``fingerprint``."""
+        return self.read_range(key, start, length), self.fingerprint(key)
+
     @abstractmethod
     def head(self, key: str) -> ObjectInfo | None:
         """What is at ``key``, or None."""

@@ -102,18 +102,29 @@ class S3Store(Store):
     def read_range(self, key: str, start: int, length: int) -> bytes:
         if length == 0:
             return b""
-        name = self._base + key
         try:
-            with self._errors(key):
-                if _is_odd(name):
-                    answer = self._clients.boto.get_object(
-                        Bucket=self._bucket, Key=name, Range=f"bytes={start}-{start + length - 1}"
-                    )
-                    return answer["Body"].read()
-                data = obstore.get_range(self._clients.reader, name, start=start, length=length)
-                return bytes(data)
+            return self._get_range(key, start, length)[0]
         except BeyondEndError:
             return b""
+
+    def read_range_with_fingerprint(self, key: str, start: int, length: int) -> tuple[bytes, str]:
+        try:
+            return self._get_range(key, start, length)
+        except BeyondEndError:
+            return b"", self.fingerprint(key)
+
+    def _get_range(self, key: str, start: int, length: int) -> tuple[bytes, str]:
+        """Bytes and ETag of one answer; ``length`` is positive."""
+        name = self._base + key
+        end = start + length
+        with self._errors(key):
+            if _is_odd(name):
+                answer = self._clients.boto.get_object(
+                    Bucket=self._bucket, Key=name, Range=f"bytes={start}-{end - 1}"
+                )
+                return answer["Body"].read(), _etag(answer["ETag"])
+            result = obstore.get(self._clients.reader, name, options={"range": (start, end)})
+            return bytes(result.bytes()), _etag(result.meta["e_tag"])
 
     def head(self, key: str) -> ObjectInfo | None:
         try:

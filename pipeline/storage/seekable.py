@@ -1,7 +1,7 @@
 """A seekable file over ``Store.read_range``, so that PyAV reads an object without a download.
 
 Blocks of 4 MiB, the last eight kept: a container's index may lie at the end, and its streams are
-interleaved around the position that is being read.
+interleaved around the position that is being read. A window shows part of a file as a file.
 """
 
 import io
@@ -24,13 +24,18 @@ def open_blocks(store: Store, info: ObjectInfo) -> BinaryIO:
     return io.BufferedReader(_BlockReader(store, info), _BUFFER_BYTES)
 
 
-class _BlockReader(io.RawIOBase):
-    def __init__(self, store: Store, info: ObjectInfo) -> None:
+def open_window(file: BinaryIO, start: int, size_bytes: int) -> BinaryIO:
+    """Part of a file as a file of its own; closing it closes the whole."""
+    return io.BufferedReader(_Window(file, start, size_bytes), _BUFFER_BYTES)
+
+
+class _Seekable(io.RawIOBase):
+    """What has a position and a size."""
+
+    def __init__(self, size_bytes: int) -> None:
         super().__init__()
-        self._store = store
-        self._info = info
+        self._size_bytes = size_bytes
         self._position = 0
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
 
     def readable(self) -> bool:
         return True
@@ -42,12 +47,40 @@ class _BlockReader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size_bytes}
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}
         position = base[whence] + offset
         if position < 0:
             raise ValueError(f"negative seek position {position}")
         self._position = position
         return position
+
+
+class _Window(_Seekable):
+    def __init__(self, file: BinaryIO, start: int, size_bytes: int) -> None:
+        super().__init__(size_bytes)
+        self._file = file
+        self._start = start
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer).cast("B")
+        length = max(0, min(len(view), self._size_bytes - self._position))
+        self._file.seek(self._start + self._position)
+        data = self._file.read(length)
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _BlockReader(_Seekable):
+    def __init__(self, store: Store, info: ObjectInfo) -> None:
+        super().__init__(info.size_bytes)
+        self._store = store
+        self._info = info
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         view = memoryview(buffer).cast("B")

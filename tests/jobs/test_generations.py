@@ -18,7 +18,7 @@ from pipeline.layout import Generation
 from pipeline.storage import StorageOptions, open_store
 from tests.jobs.job_parts import TINY
 from tests.jobs.local_graph import without_ray
-from tests.media import encode_image, picture, write_video
+from tests.media import encode_image, picture, tar_of, write_video
 
 SIZE = (96, 64)
 FIRST, SECOND, THIRD = Generation(0), Generation(1), Generation(2)
@@ -62,14 +62,17 @@ def said(capsys, code):
 @pytest.fixture
 def job(call, archive, tmp_path):
     """The finished job: three frames are quarantined, one of each kind."""
-    url = tmp_path / "job"
+    code, result = annotate(call, archive, tmp_path / "job")
+    assert (code, result["num_frames"], result["num_quarantined"]) == (3, 19, 3)
+    return open_store(str(tmp_path / "job"))
+
+
+def annotate(call, archive, url):
     arguments = ["run", "--input", archive, "--output", url, "--json"]
-    arguments += ["--weights", tmp_path / "weights.safetensors"]
+    arguments += ["--weights", url.parent / "weights.safetensors"]
     for setting in ("geometry.short_side_px=64", "shard.frames=4", "output.png=true"):
         arguments += ["--set", setting]
-    code, result = call(*arguments)
-    assert (code, result["num_frames"], result["num_quarantined"]) == (3, 19, 3)
-    return open_store(str(url))
+    return call(*arguments)
 
 
 def objects(store, generation=FIRST):
@@ -80,7 +83,11 @@ def objects(store, generation=FIRST):
 def outcomes(store):
     """Status of every frame by the rule that the newest row counts, from the bare Parquet."""
     found = {}
-    for generation, _ in read_plans(store):
+    for generation, plan in read_plans(store):
+        for path in plan.reopened:
+            found.pop((path, -1), None)
+        if not plan.num_shards:
+            continue
         rows = pq.read_table(f"{store.url}/{generation.prefix}data").to_pylist()
         for row in rows:
             for key in [key for key in found if key[0] == row["asset"] and key[1] == -1]:
@@ -124,6 +131,74 @@ def test_a_retry_does_exactly_the_frames_of_a_kind(call, job, archive):
     check(job, 19, {key: kind for key, kind in BAD.items() if kind != "corrupt"})
     assert job.exists("png/text.png_depth.png")
     assert not job.exists("png/cut.jpg_depth.png")
+
+
+@pytest.fixture
+def tar_job(call, tmp_path):
+    """A finished job over a tar that is cut in its fourth member; its second is no image."""
+    members = [(f"{index}.jpg", still(index)) for index in range(5)]
+    whole = tar_of(members)
+    members[1] = ("1.jpg", b"no image" * 40)
+    damaged = tar_of(members)
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    (folder / "day.tar").write_bytes(damaged[: damaged.index(b"3.jpg") + 700])
+    (folder / "plain.jpg").write_bytes(still(9))
+    code, result = annotate(call, folder, tmp_path / "tar-job")
+    assert (code, result["num_frames"], result["num_quarantined"]) == (3, 5, 2)
+    return open_store(str(tmp_path / "tar-job")), folder / "day.tar", whole
+
+
+BAD_MEMBER, BAD_TAR = {("day.tar/1.jpg", -1): "corrupt"}, {("day.tar", -1): "truncated"}
+
+
+def test_members_of_a_tar_are_tried_again(call, tar_job):
+    store, path, whole = tar_job
+    check(store, 5, BAD_MEMBER | BAD_TAR)
+    assert store.exists("png/day.tar/0.jpg_depth.png")
+    before = objects(store)
+    call("retry", store.url, "--json")
+    check(store, 5, BAD_MEMBER | BAD_TAR)
+    path.write_bytes(whole)
+    code, result = call("retry", store.url, "--only", "corrupt", "--json")
+    assert (code, result["num_computed"], result["num_quarantined"]) == (3, 1, 1)
+    check(store, 5, BAD_TAR)
+    # The members behind the damage are new; what was annotated before is left alone.
+    code, result = call("retry", store.url, "--json")
+    assert (code, result["num_frames"], result["num_quarantined"]) == (0, 6, 0)
+    check(store, 6, {})
+    assert objects(store) == before
+    plans = [plan for _, plan in read_plans(store)]
+    assert [plan.num_frames for plan in plans] == [5, 2, 1, 2]
+    assert [plan.reopened for plan in plans] == [(), ("day.tar",), (), ("day.tar",)]
+
+
+def test_a_tar_that_ends_well_after_all_has_nothing_new(call, tar_job):
+    store, path, _ = tar_job
+    path.write_bytes(tar_of([("0.jpg", still(0)), ("2.jpg", still(2))]))
+    code, result = call("retry", store.url, "--only", "truncated", "--json")
+    assert (code, result["num_frames"], result["num_quarantined"]) == (3, 4, 1)
+    check(store, 4, BAD_MEMBER)
+    call("retry", store.url, "--json")
+    check(store, 4, dict.fromkeys(BAD_MEMBER, "not_found"))
+
+
+def test_a_tar_that_is_gone(call, tar_job):
+    store, path, _ = tar_job
+    path.unlink()
+    call("retry", store.url, "--json")
+    check(store, 5, dict.fromkeys(BAD_MEMBER | BAD_TAR, "not_found"))
+
+
+def test_a_shard_of_members_is_repaired(call, tar_job):
+    store, _, _ = tar_job
+    record = json.loads(store.read("gen-0000/commit/00000/shard-00000000.json"))
+    key = f"gen-0000/{record['files'][0]['path']}"
+    store.put(key, store.read(key)[:-1])
+    assert call("verify", store.url, "--repair", "--json")[0] == 0
+    assert verify_job(store.url, StorageOptions()).is_complete
+    assert quarantined(store) == BAD_MEMBER | BAD_TAR
+    assert job_status(store.url, StorageOptions()).num_frames == 5
 
 
 def test_what_could_not_be_opened_gives_all_its_frames(call, job, archive):
@@ -419,10 +494,10 @@ def test_a_retry_that_comes_second_says_whose_plan_it_did(call, job, archive, mo
     (archive / "text.png").write_bytes(encode_image(picture(*SIZE, 8), "PNG"))
     planner = retry.Replanner
 
-    def second(spec, wanted, *, reason, only):
+    def second(spec, wanted, **options):
         monkeypatch.setattr(retry, "Replanner", planner)
         retry.retry_job(job.url, StorageOptions(), only=["corrupt"])
-        return planner(spec, wanted, reason=reason, only=only)
+        return planner(spec, wanted, **options)
 
     monkeypatch.setattr(retry, "Replanner", second)
     code, err = call("retry", job.url, "--only", "truncated")

@@ -142,7 +142,7 @@ def test_large_frames_make_small_shards(tmp_path):
 def test_an_archive_without_assets(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="no image or video here"):
+    with pytest.raises(UserError, match="no image, video or tar here"):
         Planner(job(tmp_path / "empty", tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         Planner(job(tmp_path / "none", tmp_path))
