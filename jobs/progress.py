@@ -13,6 +13,7 @@ from pipeline.urls import redact
 _LINE_EVERY_S = 10.0
 _QUIET_FIRST_S = 2.0
 _TICK_S = 0.5
+_STALLED_S = 300.0
 
 T = TypeVar("T")
 
@@ -25,16 +26,24 @@ class Progress:
         total: How many there will be; None if nobody knows.
         done: How many are already done.
         unit: What one is called.
+        if_stalled: What to say when nothing has been counted for five minutes, each time.
     """
 
     def __init__(
-        self, what: str, total: int | None, *, done: int = 0, unit: str = "frames"
+        self,
+        what: str,
+        total: int | None,
+        *,
+        done: int = 0,
+        unit: str = "frames",
+        if_stalled: str | None = None,
     ) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done = self._first = done
         self.notes: dict[str, object] = {}
         self._started = time.monotonic()
         self._said = self._started - _LINE_EVERY_S + _QUIET_FIRST_S
+        self._if_stalled, self._advanced = if_stalled, self._started
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._bar: tqdm[Never] | None = None
@@ -64,6 +73,7 @@ class Progress:
         """Count, and say so if it is time."""
         self.done += count
         self.notes |= notes
+        self._advanced = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix(self.notes, refresh=False)
             self._bar.update(count)
@@ -75,6 +85,9 @@ class Progress:
                 self._bar.refresh()
             elif time.monotonic() - self._said >= _LINE_EVERY_S:
                 self._line()
+            if self._if_stalled and time.monotonic() - self._advanced >= _STALLED_S:
+                self._advanced = time.monotonic()
+                say(self._if_stalled)
 
     def _line(self) -> None:
         self._said = time.monotonic()

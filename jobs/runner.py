@@ -45,6 +45,11 @@ MissingPngs = dict[int, list[tuple[int, str]]]
 _MAX_WEIGHTS_BYTES = 4 << 30
 # The line of a traceback that names what was raised, by anybody but Ray.
 _RAISED = re.compile(r"(?!ray\.)[\w.]+(?:Error|Exception): (.+)")
+_STALLED = (
+    "No shard has come for five minutes. If shards are not that long, a node may be gone, or the"
+    " cluster has no room for a model: `ray status` shows what is waited for. Ctrl-C stops and"
+    " loses nothing."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +358,7 @@ class _Driver:
     def _follow(self, receipts: Iterator[ShardReceipt], plan: Plan, manifest: Manifest) -> None:
         done = sum(record.num_rows for record in manifest.records())
         num_bad = 0
-        with Progress("annotating", plan.num_frames, done=done) as self.bar:
+        with Progress("annotating", plan.num_frames, done=done, if_stalled=_STALLED) as self.bar:
             for receipt in _guarded(receipts, self.store.url):
                 if self.times.annotate_s == 0:
                     # Starting up is no stage's time; the first shard's own is.
