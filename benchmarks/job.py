@@ -31,9 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.model import machine
+from jobs.claim import make_record
 from jobs.plan import Planner, make_plan, open_output
 from jobs.record import claim_output
-from jobs.runner import make_record
 from jobs.spec import check_spec
 from pipeline.layout import Generation
 from pipeline.records import AnnotatedShard, DecodedShard

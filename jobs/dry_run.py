@@ -4,8 +4,8 @@ import os
 import time
 from dataclasses import dataclass, replace
 
+from jobs.claim import load_weights, make_record
 from jobs.plan import Plan, Planner
-from jobs.runner import load_weights, make_record
 from jobs.spec import JobSpec
 from pipeline.decode import decode_shard
 from pipeline.graph import choose_resources

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from jobs.digests import fixed_digests
+from jobs.finish import summarise
 from jobs.generations import read_part
 from jobs.plan import Plan
 from jobs.record import OUTPUT_VERSION, JobRecord
-from jobs.runner import summarise
 from pipeline.errors import (
     DAMAGE,
     ERROR_KINDS,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.claim import load_weights
 from jobs.footage import Footage, Frame, SourceFile, find_files, open_footage
 from jobs.picture_files import VideoWriter, new_file, output_folder, output_paths
 from jobs.progress import Progress, say
-from jobs.runner import load_weights
 from jobs.spec import JobSpec, check_spec
 from pipeline.encode import encode_png
 from pipeline.errors import ErrorKind, InputError, UserError

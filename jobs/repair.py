@@ -6,6 +6,7 @@ Nothing is deleted but damaged snapshots, which only save time.
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from jobs.claim import reopen_job
 from jobs.cluster import check_cluster
 from jobs.generations import (
     Frames,
@@ -20,7 +21,7 @@ from jobs.lease import heartbeats
 from jobs.manifest import drop_damaged_snapshots
 from jobs.progress import say
 from jobs.replan import Replanner
-from jobs.runner import drive, reopen_job
+from jobs.runner import drive
 from jobs.spec import RaySection
 from jobs.verify import Findings, verify_job
 from pipeline.errors import UserError

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from jobs.claim import reopen_job
 from jobs.cluster import check_cluster
 from jobs.generations import History, by_asset
 from jobs.plan import read_plan
 from jobs.progress import say
 from jobs.replan import Replanner
-from jobs.runner import RunResult, drive, reopen_job
+from jobs.runner import RunResult, drive
 from jobs.spec import RaySection
 from pipeline.errors import ERROR_KINDS, UserError
 from pipeline.storage import StorageOptions

@@ -1,37 +1,34 @@
-"""Run a job to its end, or to where it is stopped: claim, plan, annotate, finish; then resume.
+"""Run a job to its end, or to where it is stopped: plan, annotate, finish; then resume.
 
 Every step can be repeated: a driver that dies anywhere leaves what the next one goes on from.
 """
 
 import contextlib
-import hashlib
 import re
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from jobs.claim import OpenJob, claim_job, reopen_job
 from jobs.cluster import check_cluster, connect
-from jobs.digests import fixed_digests
-from jobs.generations import History, Quarantined, read_plans
+from jobs.finish import collect_orphans, write_success
+from jobs.generations import History
 from jobs.lease import DriverState, Pulse, heartbeats, is_cancelled, mark_cancelled, take_lease
 from jobs.manifest import Manifest
-from jobs.plan import Plan, Planner, check_archive, make_plan, open_output, read_plan
+from jobs.plan import Plan
 from jobs.progress import Progress, say
-from jobs.record import OUTPUT_VERSION, JobRecord, claim_output, read_job
 from jobs.spec import JobSpec, RaySection
 from jobs.stage_times import StageTimes, busy_line
-from pipeline.errors import ConflictError, JobError, StorageError, UserError
-from pipeline.layout import SHARDS_PER_RANGE, Generation, attempt_of, shard_of
-from pipeline.records import CommitRecord, ShardReceipt, canonical_json
-from pipeline.storage import StorageOptions, Store, open_store, read_file
-from pipeline.urls import shown
+from pipeline.errors import JobError
+from pipeline.layout import SHARDS_PER_RANGE, shard_of
+from pipeline.records import ShardReceipt
+from pipeline.storage import StorageOptions
 
 if TYPE_CHECKING:
     from pipeline.graph import PendingPart
@@ -41,8 +38,6 @@ Outcome = Literal["done", "quarantined", "interrupted"]
 # By generation, ``(shard_id, key of the winning Parquet object)``.
 MissingPngs = dict[int, list[tuple[int, str]]]
 
-# Of the web; the largest SegFormer has 340 MB.
-_MAX_WEIGHTS_BYTES = 4 << 30
 # The line of a traceback that names what was raised, by anybody but Ray.
 _RAISED = re.compile(r"(?!ray\.)[\w.]+(?:Error|Exception): (.+)")
 _STALLED = (
@@ -81,33 +76,6 @@ class RunResult:
     busy: dict[str, float]
 
 
-@dataclass(frozen=True)
-class OpenJob:
-    """A job whose output is claimed and whose weights lie in it.
-
-    Attributes:
-        store: Its store.
-        record: What it pins.
-        spec: What was asked for.
-        generation: The generation that is being made.
-        planner: Makes what plans it; None plans the whole archive.
-    """
-
-    store: Store
-    record: JobRecord
-    spec: JobSpec
-    generation: Generation
-    planner: Callable[[], Planner] | None = None
-
-    def plan(self) -> Plan:
-        """The generation's plan, made if there is none."""
-        plan = read_plan(self.store, self.generation)
-        if plan is not None:
-            return plan
-        planner = self.planner() if self.planner is not None else Planner(self.spec)
-        return make_plan(self.store, self.generation, planner)
-
-
 def run_job(spec: JobSpec) -> RunResult:
     """Run a job, or go on with it if the output holds it unfinished.
 
@@ -137,100 +105,6 @@ def resume_job(
     """
     check_cluster()
     return drive(reopen_job(url, storage, ray), lease)
-
-
-def claim_job(spec: JobSpec) -> OpenJob:
-    """Check the archive, load the weights, and make the output this job's."""
-    check_archive(spec)
-    weights = load_weights(spec)
-    record = make_record(spec, weights)
-    store = open_output(spec)
-    held = claim_output(store, record, single_driver=spec.output.single_driver)
-    if store.head(held.weights_key) is None:
-        store.put(held.weights_key, weights)
-    else:
-        _check_weights(store, held, spec)
-    return OpenJob(store, held, spec, newest_generation(store))
-
-
-def reopen_job(url: str, storage: StorageOptions, ray: RaySection | None = None) -> OpenJob:
-    """Open a job by its URI alone.
-
-    Raises:
-        UserError: If there is no job.
-        JobError: If its weights are gone or not those it was made with.
-    """
-    store = open_store(url, storage)
-    record = read_job(store)
-    if record.output_version != OUTPUT_VERSION:
-        message = (
-            f"{store.url} was begun by a version with other outputs (output_version "
-            f"{record.output_version} there, {OUTPUT_VERSION} here); finish it with that version"
-        )
-        raise ConflictError(message)
-    spec = record.job_spec()
-    if ray is not None:
-        spec = spec.model_copy(update={"ray": ray})
-    _check_weights(store, record, spec)
-    return OpenJob(store, record, spec, newest_generation(store))
-
-
-def _check_weights(store: Store, record: JobRecord, spec: JobSpec) -> None:
-    """See that the job holds its weights; a driver may have died before it left them there."""
-    there = store.head(record.weights_key) is not None
-    weights = store.read(record.weights_key) if there else load_weights(spec)
-    if hashlib.sha256(weights).hexdigest() != record.weights_sha256:
-        place = record.weights_key if there else spec.model.weights
-        message = f"{store.url}: {place} is not the weights file that the job was made with"
-        raise JobError(message)
-    if not there:
-        store.put(record.weights_key, weights)
-
-
-def load_weights(spec: JobSpec) -> bytes:
-    """Bytes of the weights file that the spec names, or of the one in the package.
-
-    Raises:
-        UserError: If the file cannot be read.
-    """
-    if spec.model.weights is None:
-        from segformer3d.weights import bundled_weights
-
-        return bundled_weights()
-    url = spec.model.weights
-    try:
-        return read_file(url, spec.input.storage.options(), max_web_bytes=_MAX_WEIGHTS_BYTES)
-    except (StorageError, UserError) as error:
-        message = f"weights {shown(url)}: {error}"
-        raise UserError(message) from None
-
-
-def make_record(spec: JobSpec, weights: bytes) -> JobRecord:
-    """What ``job.json`` will say.
-
-    Raises:
-        UserError: If the weights are not a file of this project.
-    """
-    from segformer3d.labels import CLASSES
-    from segformer3d.weights import WeightsError, model_from_bytes
-
-    try:
-        _, info = model_from_bytes(weights)
-    except WeightsError as error:
-        message = f"weights {spec.model.weights}: {error}"
-        raise UserError(message) from None
-    if not info.trained:
-        say("The weights are untrained: the outputs show that everything runs, not a street.")
-    return JobRecord(
-        spec=spec.recorded(),
-        identity=spec.identity(),
-        weights_sha256=hashlib.sha256(weights).hexdigest(),
-        trained=info.trained,
-        preprocessing=info.preprocessing.to_dict(),
-        labels=[item.name for item in CLASSES],
-        depth_codec=info.depth_codec.to_dict() if info.depth_codec else None,
-        software_version=_version(),
-    )
 
 
 def drive(job: OpenJob, lease: int | None = None) -> RunResult:
@@ -482,63 +356,6 @@ def pending_parts(plan: Plan, manifest: Manifest, *, backwards: bool) -> "list[P
     return parts[::-1] if backwards else parts
 
 
-def collect_orphans(
-    store: Store, generation: Generation, plan: Plan, records: Sequence[CommitRecord]
-) -> int:
-    """Delete data of decided shards that lost, and plan parts that no plan names.
-
-    An attempt of an undecided shard may still win: it is never touched.
-
-    Returns:
-        How many objects were deleted.
-    """
-    winners = {record.shard_id: record.attempt for record in records}
-    named = {part.key for part in plan.parts}
-    orphans = []
-    for item in store.list(generation.data_prefix):
-        attempt = attempt_of(item.key)
-        if attempt and attempt[0] in winners and winners[attempt[0]] != attempt[1]:
-            orphans.append(item.key)
-    orphans += [
-        item.key
-        for item in store.list(generation.plan_key.rpartition("/")[0] + "/")
-        if item.key.endswith(".parquet") and item.key not in named
-    ]
-    store.delete(orphans)
-    return len(orphans)
-
-
-def write_success(
-    store: Store, generation: Generation, plan: Plan, records: Sequence[CommitRecord]
-) -> None:
-    """Say that the generation is complete; the same content whoever writes it."""
-    from pipeline.storage import create_once
-
-    summary = summarise(plan, records) | {"sha256": fixed_digests(store, generation, plan)}
-    create_once(store, generation.success_key, canonical_json(summary))
-
-
-def summarise(plan: Plan, records: Collection[CommitRecord]) -> dict[str, Any]:
-    """What the success marker counts of a generation."""
-    return {
-        "plan_id": plan.plan_id,
-        "num_shards": plan.num_shards,
-        "num_rows": sum(record.num_rows for record in records),
-        "num_ok": sum(record.num_ok for record in records),
-        "quarantined": count_kinds(item for record in records for item in record.quarantined),
-    }
-
-
-def count_kinds(quarantined: Iterable[Quarantined]) -> dict[str, int]:
-    """How many frames each kind of error took."""
-    return dict(Counter(kind for _, _, kind, _ in quarantined))
-
-
-def newest_generation(store: Store) -> Generation:
-    """The last generation that is planned, or the first if none is."""
-    return Generation(max(0, len(read_plans(store)) - 1))
-
-
 def _guarded(receipts: Iterator[ShardReceipt], url: str) -> Iterator[ShardReceipt]:
     """Turn what Ray raises into one line; nothing committed is lost by it."""
     import ray.exceptions
@@ -558,9 +375,3 @@ def _reason(error: BaseException) -> str:
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
     raised = [match[1] for line in lines if (match := _RAISED.match(line))]
     return (raised or lines or [type(error).__name__])[-1].strip()
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("segformer3d")

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from jobs.finish import count_kinds
 from jobs.generations import History
 from jobs.lease import Heartbeat, heartbeats
 from jobs.record import read_job
-from jobs.runner import count_kinds
 from pipeline.errors import DAMAGE, JobError, Segformer3dError, StorageError, UserError
 from pipeline.layout import JOB_KEY, OWN_PREFIXES
 from pipeline.storage import StorageOptions, Store, join_url, open_store

@@ -12,9 +12,9 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from jobs.claim import claim_job
 from jobs.cluster import AUTH_SOURCES, OPEN_CLUSTER, require_token
 from jobs.lease import Heartbeat, beat, take_lease
-from jobs.runner import claim_job
 from jobs.spec import JobSpec
 from pipeline.errors import JobError, UserError
 from pipeline.storage.opening import resolve_options

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import runner
+from jobs.claim import OpenJob, newest_generation
 from jobs.cluster import Cluster
 from jobs.plan import read_plan
 from jobs.record import read_job
-from jobs.runner import OpenJob
 from pipeline import graph
 from pipeline.graph import PendingPart
 from pipeline.records import ShardReceipt, shards_from_table
@@ -71,7 +71,7 @@ def drive(url: str, start: Any, answers: Any) -> None:
     store = open_store(url, StorageOptions())
     record = read_job(store)
     spec = record.job_spec()
-    open_job = OpenJob(store, record, spec, runner.newest_generation(store))
+    open_job = OpenJob(store, record, spec, newest_generation(store))
     plan = read_plan(store, open_job.generation)
     assert plan is not None
     job = Job(spec=spec, store=store, record=record, plan=plan, shards=[])

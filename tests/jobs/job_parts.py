@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.claim import make_record
 from jobs.generations import read_part
 from jobs.plan import Plan, Planner, make_plan, open_output
 from jobs.record import JobRecord, claim_output
-from jobs.runner import make_record
 from jobs.spec import JobSpec, check_spec
 from pipeline.decode import DecodeLimits
 from pipeline.layout import Generation

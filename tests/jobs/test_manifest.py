@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from jobs.finish import collect_orphans, write_success
 from jobs.manifest import Manifest
-from jobs.runner import collect_orphans, pending_parts, write_success
+from jobs.runner import pending_parts
 from pipeline.errors import JobError
 from pipeline.layout import SHARDS_PER_RANGE, Generation
 from pipeline.records import CommitRecord, DataFile

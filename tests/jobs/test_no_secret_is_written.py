@@ -15,7 +15,7 @@ from uuid import uuid4
 import pytest
 
 from jobs import cli
-from jobs.runner import claim_job, reopen_job
+from jobs.claim import claim_job, reopen_job
 from jobs.spec import check_spec
 from pipeline import urls
 from pipeline.storage import StorageOptions, open_store, s3_clients

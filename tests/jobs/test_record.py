@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from jobs.claim import make_record
 from jobs.record import JobRecord, claim_output, read_job
-from jobs.runner import make_record
 from jobs.spec import check_spec
 from pipeline.errors import ConflictError, JobError, UserError
 from pipeline.storage import open_store

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from jobs.claim import claim_job, load_weights, reopen_job
 from jobs.lease import Heartbeat, Pulse, beat, heartbeats, request_cancel, take_lease
-from jobs.runner import claim_job, load_weights, reopen_job
 from jobs.spec import check_spec
 from pipeline.errors import ConflictError, JobError, UserError
 from pipeline.storage import StorageOptions, open_store

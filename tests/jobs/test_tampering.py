@@ -10,9 +10,9 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
+from jobs.finish import write_success
 from jobs.lease import heartbeats, mark_cancelled, request_cancel, take_lease
 from jobs.manifest import Manifest
-from jobs.runner import write_success
 from jobs.status import find_jobs, job_status
 from jobs.verify import verify_job
 from pipeline.errors import Segformer3dError

@@ -23,12 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import lease, manifest, plan, runner
+from jobs import claim, lease, manifest, plan, runner
+from jobs.claim import OpenJob, newest_generation
 from jobs.cluster import Cluster
 from jobs.generations import GenerationView, History
 from jobs.plan import Plan, PlanPart
 from jobs.record import JobRecord
-from jobs.runner import OpenJob, RunResult
+from jobs.runner import RunResult
 from jobs.spec import check_spec
 from pipeline import commit, graph, layout, stages
 from pipeline.errors import JobError, Segformer3dError, StorageError
@@ -219,7 +220,7 @@ class SimulatedJob:
     def _drive(self) -> RunResult:
         me = self.world.me
         store = self.world.store
-        generation = runner.newest_generation(store)
+        generation = newest_generation(store)
         job = OpenJob(store, _RECORD, _SPECS[self.has_pngs], generation)
         result = runner.drive(job)
         self._check_result(me, result)
@@ -647,7 +648,7 @@ def simulation() -> Iterator[None]:
         patch.setattr(lease, "asdict", vars)  # the same for plain fields, and 20 times as fast
         patch.setattr(manifest, "pq", _SnapshotTables)
         patch.setattr(plan, "Planner", _SimulatedPlanner)
-        patch.setattr(runner, "Planner", _SimulatedPlanner, raising=False)
+        patch.setattr(claim, "Planner", _SimulatedPlanner)
         patch.setattr(plan, "_parquet", _part)
         patch.setattr(runner, "say", lambda _line: None)
         patch.setattr(runner, "Progress", _QuietProgress)
