@@ -2,10 +2,10 @@
 
     python benchmarks/job.py [--frames 768] [--shard-frames 64] [--cpus 2] [--rounds 3] [--s3]
 
-Each round measures, one after the other and on as many cores:
-the bare model; decoding and publishing alone; the three stages in plain processes without Ray; and
-`segformer3d run`. The job should come near 1 / (1 / P + 1 / D) frames a second, P those of the
-model and D those of decoding and publishing.
+Each round measures, one after the other and on as many cores: the bare model; decoding and
+publishing alone; the three stages in plain processes without Ray; and `segformer3d run` with either
+graph. The job should come near 1 / (1 / P + 1 / D) frames a second, P those of the model and D
+those of decoding and publishing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ SIZE = (1024, 512)
 DISTINCT_DRIVES, FRAMES_PER_DRIVE = 16, 4
 BARE_S = 12.0
 JPEG_QUALITY = 90
-MODEL, REST, STAGES, JOB = "model alone", "decode + publish alone", "stages, no Ray", "whole job"
+MODEL, REST, STAGES = "model alone", "decode + publish alone", "stages, no Ray"
+JOBS = {"fused": "whole job, fused", "staged": "whole job, staged"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,9 @@ class Report:
         shard_frames: Of one shard.
         rates: Frames a second of each way, the median over the rounds.
         bound: 1 / (1 / P + 1 / D), in frames a second.
-        kept: The job's rate over the bound: the median of the rounds' own ratios.
-        first_commit_s: From the command to the first committed shard.
+        kept: The rate of each way through all stages over the bound: the median of the rounds' own
+            ratios.
+        first_commit_s: From the command to the first committed shard, by way.
     """
 
     machine: str
@@ -77,8 +79,8 @@ class Report:
     shard_frames: int
     rates: dict[str, float]
     bound: float
-    kept: float
-    first_commit_s: float
+    kept: dict[str, float]
+    first_commit_s: dict[str, float]
 
 
 def main() -> None:
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--s3", action="store_true", help="on a real S3 server on loopback")
-    parser.add_argument("--no-ray", action="store_true", help="leave the job itself out")
+    parser.add_argument("--graphs", nargs="*", choices=JOBS, default=list(JOBS))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args()
     with ExitStack() as stack:
@@ -139,9 +141,12 @@ def _round(archive: str, output: str, turn: int, given: argparse.Namespace) -> d
     for way in (MODEL, REST, STAGES):
         print(f"round {turn + 1}: {way}", file=sys.stderr, flush=True)
         rates[way] = _in_processes(way, archive, f"{output}-{turn}-{way[:5].strip()}", given)
-    if not given.no_ray:
-        print(f"round {turn + 1}: {JOB}", file=sys.stderr, flush=True)
-        rates[JOB], rates["first commit"] = _job(archive, f"{output}-{turn}", given)
+    for graph in given.graphs:
+        way = JOBS[graph]
+        print(f"round {turn + 1}: {way}", file=sys.stderr, flush=True)
+        rates[way], rates[f"first commit, {way}"] = _job(
+            archive, f"{output}-{turn}-{graph}", graph, given
+        )
     return rates
 
 
@@ -243,11 +248,11 @@ def _planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext
     return context, [part.slice(row, 1) for part in parts for row in range(part.num_rows)]
 
 
-def _job(archive: str, output: str, given: argparse.Namespace) -> tuple[float, float]:
+def _job(archive: str, output: str, graph: str, given: argparse.Namespace) -> tuple[float, float]:
     """Frames a second once every model has committed, and when the first shard was there."""
     command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive]
     command += ["--output", output, "--set", f"shard.frames={given.shard_frames}"]
-    command += ["--set", f"ray.num_cpus={given.cpus}"]
+    command += ["--set", f"ray.num_cpus={given.cpus}", "--set", f"ray.graph={graph}"]
     seen: list[tuple[float, int]] = []
     started = time.time()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -280,10 +285,13 @@ def _committed_at(output: str, key: str) -> float:
 
 
 def _report(rounds: list[dict[str, float]], given: argparse.Namespace) -> Report:
-    ways = [way for way in (MODEL, REST, STAGES, JOB) if way in rounds[0]]
-    last = JOB if JOB in ways else STAGES
+    whole = [STAGES, *(JOBS[graph] for graph in given.graphs)]
     bounds = [1 / (1 / rates[MODEL] + 1 / rates[REST]) for rates in rounds]
-    kept = [rates[last] / bound for rates, bound in zip(rounds, bounds, strict=True)]
+
+    def kept(way: str) -> float:
+        both = zip(rounds, bounds, strict=True)
+        return statistics.median(rates[way] / bound for rates, bound in both)
+
     return Report(
         machine=machine(),
         date=f"{datetime.now(UTC):%Y-%m-%d}",
@@ -291,12 +299,15 @@ def _report(rounds: list[dict[str, float]], given: argparse.Namespace) -> Report
         cpus=given.cpus,
         frames=given.frames,
         shard_frames=given.shard_frames,
-        rates={way: statistics.median(rates[way] for rates in rounds) for way in ways},
+        rates={
+            way: statistics.median(rates[way] for rates in rounds) for way in (MODEL, REST, *whole)
+        },
         bound=statistics.median(bounds),
-        kept=statistics.median(kept),
-        first_commit_s=statistics.median(
-            rates.get("first commit", float("nan")) for rates in rounds
-        ),
+        kept={way: kept(way) for way in whole},
+        first_commit_s={
+            way: statistics.median(rates[f"first commit, {way}"] for rates in rounds)
+            for way in whole[1:]
+        },
     )
 
 
@@ -308,14 +319,13 @@ def table(report: Report) -> Iterator[str]:
         f"{report.frames} frames a job in shards of {report.shard_frames}"
     )
     yield ""
-    yield "| | frames/s |"
-    yield "|---|---|"
+    yield "| | frames/s | kept | first committed shard after, s |"
+    yield "|---|---|---|---|"
     for way, rate in report.rates.items():
-        yield f"| {way} | {rate:.2f} |"
-    yield f"| 1 / (1 / P + 1 / D) | {report.bound:.2f} |"
-    yield ""
-    yield f"kept of the bound: {report.kept:.1%}"
-    yield f"from the command to the first committed shard: {report.first_commit_s:.1f} s"
+        kept = f"{report.kept[way]:.1%}" if way in report.kept else ""
+        first = f"{report.first_commit_s[way]:.1f}" if way in report.first_commit_s else ""
+        yield f"| {way} | {rate:.2f} | {kept} | {first} |"
+    yield f"| 1 / (1 / P + 1 / D) | {report.bound:.2f} | | |"
 
 
 if __name__ == "__main__":

@@ -207,7 +207,11 @@ class _Driver:
             if parts:
                 wanted = self.job.spec.ray
                 resources = choose_resources(
-                    cluster.num_cpus, cluster.num_gpus, wanted.max_actors, wanted.max_io_tasks
+                    cluster.num_cpus,
+                    cluster.num_gpus,
+                    wanted.max_actors,
+                    wanted.max_io_tasks,
+                    None if wanted.graph == "auto" else wanted.graph,
                 )
                 record = self.job.record
                 weights = WeightsFile(key=record.weights_key, sha256=record.weights_sha256)

@@ -182,7 +182,14 @@ class RaySection(_Section):
 
     max_actors: Whole | None = Field(None, ge=1, description="Models at a time; default all.")
     max_io_tasks: Whole | None = Field(
-        None, ge=1, description="Decode tasks at a time, and publish tasks; default one per CPU."
+        None,
+        ge=1,
+        description="Decode tasks at a time, and publish tasks, if staged; default one per CPU.",
+    )
+    graph: Literal["auto", "staged", "fused"] = Field(
+        "auto",
+        description="Stages in processes of their own (staged) or all beside the model (fused);"
+        " auto takes staged where there are GPUs.",
     )
     num_cpus: Whole | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
     object_store_bytes: Whole | None = Field(

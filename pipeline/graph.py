@@ -1,7 +1,9 @@
 """The whole system in one screen: plan -> decode -> annotate -> publish -> receipts, on Ray Data.
 
-One Ray row in one block is one shard, from the plan to the receipt. CPU tasks decode and publish,
-a pool of actors holds the model; Ray Data's backpressure bounds what waits between them.
+One Ray row in one block is one shard, from the plan to the receipt. Staged: CPU tasks decode and
+publish, a pool of actors holds the model, and Ray Data's backpressure bounds what waits between.
+Fused: each of these actors does all three, a few shards at a time, so nothing is copied between
+processes, and Ray has a third of the tasks to manage.
 """
 
 import hashlib
@@ -9,7 +11,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,6 +47,10 @@ _CPU_ACTOR_CPUS = 0.75
 # them all dies without having noted at what.
 _MAX_SHARD_RETRIES = 100
 _EXIT_DEVICE_LOST = 70
+# While one is in the model, the next is decoded, and the one before it is published.
+_FUSED_SHARDS_PER_ACTOR = 2
+
+GraphKind = Literal["staged", "fused"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,9 @@ class Resources:
         max_actors: Model actors at the most.
         cpus_per_actor: CPUs that each asks Ray for.
         gpus_per_actor: GPUs that each asks Ray for.
-        max_io_tasks: Decode tasks at a time, and publish tasks at a time.
+        max_io_tasks: Decode tasks at a time, and publish tasks at a time; fused, shards at a time
+            that are decoded or published.
+        graph: How the stages are wired.
     """
 
     min_actors: int
@@ -62,6 +72,7 @@ class Resources:
     cpus_per_actor: float
     gpus_per_actor: float
     max_io_tasks: int
+    graph: GraphKind = "staged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +106,35 @@ def choose_resources(
     num_gpus: float,
     max_actors: int | None = None,
     max_io_tasks: int | None = None,
+    graph: GraphKind | None = None,
 ) -> Resources:
-    """One actor per GPU; without GPUs, one per core.
+    """One actor per GPU; without GPUs, one per core, fused.
+
+    On CPUs the fused graph was the faster one (benchmarks/RESULTS.md). With GPUs it would leave the
+    cores of nodes without one idle, so there it is for whoever asks for it.
 
     Args:
         num_cpus: CPUs of the cluster.
         num_gpus: GPUs of the cluster.
         max_actors: The user's own bound.
         max_io_tasks: The user's own number of decode tasks, and of publish tasks, at a time.
+        graph: The user's own choice.
     """
+    chosen: GraphKind = graph or ("staged" if num_gpus >= 1 else "fused")
     num_actors = max(1, int(num_gpus) or int(num_cpus))
     num_actors = min(num_actors, max_actors or num_actors)
     # Both kinds of tasks, and the one that reads the plan, must fit beside the actors.
     beside = num_cpus - num_actors * _CPU_ACTOR_CPUS
     room = max(1, int((beside / _IO_TASK_CPUS - 1) / 2))
+    if chosen == "fused":
+        room = num_actors * _FUSED_SHARDS_PER_ACTOR
     return Resources(
         min_actors=num_actors,
         max_actors=num_actors,
         cpus_per_actor=_CPU_ACTOR_CPUS,
         gpus_per_actor=1.0 if num_gpus >= 1 else 0.0,
         max_io_tasks=min(max_io_tasks or max(2, int(num_cpus)), room),
+        graph=chosen,
     )
 
 
@@ -135,48 +155,62 @@ def build_graph(
     Returns:
         A dataset of receipts.
     """
-    return (
-        ray.data.from_items(
-            [{"key": part.key, "shard_ids": list(part.shard_ids)} for part in parts],
-            override_num_blocks=len(parts),
-        )
-        .map_batches(
-            _ReadPlan(context),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=_IO_TASK_CPUS,
-            concurrency=1,
-        )
-        .map_batches(
-            DecodeShard(context),
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            num_cpus=_IO_TASK_CPUS,
-            concurrency=resources.max_io_tasks,
-        )
-        .map_batches(
-            _AnnotateActor,
-            fn_constructor_args=(context, weights),
-            # One block is one shard anyway; with None, Ray refuses to give actors a GPU.
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            num_cpus=resources.cpus_per_actor,
-            num_gpus=resources.gpus_per_actor,
-            ray_remote_args_fn=_retry_rules,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=resources.min_actors, max_size=resources.max_actors
-            ),
-        )
-        .map_batches(
-            PublishShard(context),
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            num_cpus=_IO_TASK_CPUS,
-            concurrency=resources.max_io_tasks,
-        )
+    plan = ray.data.from_items(
+        [{"key": part.key, "shard_ids": list(part.shard_ids)} for part in parts],
+        override_num_blocks=len(parts),
+    ).map_batches(
+        _ReadPlan(context),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=_IO_TASK_CPUS,
+        concurrency=1,
+    )
+    if resources.graph == "fused":
+        return _in_actors(plan, _WholeActor, context, weights, resources)
+    decoded = plan.map_batches(
+        DecodeShard(context),
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=_IO_TASK_CPUS,
+        concurrency=resources.max_io_tasks,
+    )
+    return _in_actors(decoded, _AnnotateActor, context, weights, resources).map_batches(
+        PublishShard(context),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=_IO_TASK_CPUS,
+        concurrency=resources.max_io_tasks,
+    )
+
+
+def _in_actors(
+    shards: "ray.data.Dataset",
+    actor: "type[_AnnotateActor | _WholeActor]",
+    context: StageContext,
+    weights: WeightsFile,
+    resources: Resources,
+) -> "ray.data.Dataset":
+    at_a_time = actor.SHARDS_AT_A_TIME
+    return shards.map_batches(
+        actor,
+        fn_constructor_args=(context, weights),
+        # One block is one shard anyway; with None, Ray refuses to give actors a GPU.
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=resources.cpus_per_actor,
+        num_gpus=resources.gpus_per_actor,
+        ray_remote_args_fn=_retry_rules,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=resources.min_actors,
+            max_size=resources.max_actors,
+            # No more than are at work, or at the end one actor would hold what others could do.
+            max_tasks_in_flight_per_actor=at_a_time if at_a_time > 1 else None,
+            max_concurrent_calls_per_actor=at_a_time,
+            enable_true_multi_threading=at_a_time > 1,
+        ),
     )
 
 
@@ -230,6 +264,8 @@ class _AnnotateActor(AnnotateShard):
     So a restarted actor finds them whatever became of the driver's memory.
     """
 
+    SHARDS_AT_A_TIME = 1
+
     def __init__(self, context: StageContext, weights: WeightsFile) -> None:
         data = context.store().read(weights.key)
         if hashlib.sha256(data).hexdigest() != weights.sha256:
@@ -246,6 +282,23 @@ class _AnnotateActor(AnnotateShard):
                 sys.stderr.write(f"the device is lost: {error}\n")
                 os._exit(_EXIT_DEVICE_LOST)
             raise
+
+
+class _WholeActor:
+    """All three stages in the process that holds the model."""
+
+    SHARDS_AT_A_TIME = _FUSED_SHARDS_PER_ACTOR
+
+    def __init__(self, context: StageContext, weights: WeightsFile) -> None:
+        self._decode, self._publish = DecodeShard(context), PublishShard(context)
+        # The model keeps to one thread: how many more torch starts is each thread's own setting,
+        # and what kills this process is then what the journal says is in the model.
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._annotate = self._model.submit(_AnnotateActor, context, weights).result()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        decoded = self._decode(table)
+        return self._publish(self._model.submit(self._annotate, decoded).result())
 
 
 class _ReadPlan:

@@ -36,7 +36,8 @@ NUM_NODES = 3
 NODE = {"num_cpus": 1}
 # Shards of one frame, of stills and of groups of pictures: many, so that there is time to strike.
 NUM_FRAMES, NUM_STILLS = 30, 100
-SETTINGS = ("geometry.short_side_px=256", "shard.frames=1")
+# Staged, which has a worker of each kind to lose, and whose stages can be traced.
+SETTINGS = ("geometry.short_side_px=256", "shard.frames=1", "ray.graph=staged")
 FROZEN_S = 15.0
 DRAIN_S = 8.0
 RAY_ENVIRONMENT = {
