@@ -221,7 +221,7 @@ class Planner:
         pool = ThreadPoolExecutor(min(_MAX_PROBERS, os.cpu_count() or 1))
         try:
             waiting: deque[Future[list[AssetProbe]]] = deque()
-            for chunk in _chunks(iter(self.assets), _PROBES_PER_CALL):
+            for chunk in _calls(self.assets):
                 waiting.append(pool.submit(self._probe, chunk))
                 if len(waiting) > 2 * _MAX_PROBERS:
                     yield from waiting.popleft().result()
@@ -364,7 +364,11 @@ def make_plan(store: Store, generation: Generation, planner: Planner) -> Plan:
         key = generation.plan_part_key(name, len(parts))
         store.put(key, _parquet(shards))
         parts.append(PlanPart(key=key, first_shard=shards[0].shard_id, num_shards=len(shards)))
-    mine = canonical_json(asdict(planner.plan(parts)))
+    planned = planner.plan(parts)
+    if not planned.num_frames and planned.reason == "first":
+        message = f"{planner.spec.input.url}: nothing is left to annotate; look at input.exclude"
+        raise UserError(message)
+    mine = canonical_json(asdict(planned))
     held = create_once(store, generation.plan_key, mine)
     if held != mine:
         store.delete([part.key for part in parts])
@@ -418,6 +422,12 @@ def _refuse_double_paths(assets: Sequence[Asset]) -> None:
             if str(parent) in tars:
                 message = f"{parent}: both a tar and a folder; leave one out with input.exclude"
                 raise UserError(message)
+
+
+def _calls(assets: Sequence[Asset]) -> Iterator[list[Asset]]:
+    """What to probe in one call: a few files, or one tar, which has many."""
+    for is_tar, group in itertools.groupby(assets, lambda asset: asset.kind == "tar"):
+        yield from _chunks(group, 1 if is_tar else _PROBES_PER_CALL)
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:

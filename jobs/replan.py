@@ -107,11 +107,13 @@ class Replanner(Planner):
         if news:
             news.difference_update(self._held())
         members = [item for item in tar.members if item.path in inside or item.path in news]
-        failed = faults_of_tar(tar) if is_wanted else []
-        kind, message = (tar.error_kind, tar.error) if tar.error_kind else _NO_MEMBER
+        faults = faults_of_tar(tar)
+        failed = faults if is_wanted else []
+        # What is sought may stand behind the damage.
+        kind, message = (faults[0].error_kind, faults[0].error) if faults else _NO_MEMBER
         for lost in sorted(inside.difference(item.path for item in tar.members), key=str.encode):
             asset = Asset(path=lost, kind=asset_kind(lost) or "image", size_bytes=0, etag="")
-            failed.append(AssetProbe(asset=asset, error_kind=kind, error=message))
+            failed = [*failed, AssetProbe(asset=asset, error_kind=kind, error=message)]
         return members, failed
 
     def _parts(self, probe: AssetProbe, target_frames: int) -> list[Slice]:

@@ -2,15 +2,17 @@
 
 import io
 import tarfile
+import time
 
 import numpy as np
 import pytest
 
-from jobs.plan import Planner
+from jobs.plan import Planner, make_plan
 from jobs.spec import check_spec
 from pipeline.decode import DecodeLimits, DecodeWorker, decode_shard
 from pipeline.errors import UserError
 from pipeline.geometry import resize
+from pipeline.layout import Generation
 from pipeline.records import Asset
 from pipeline.sources.listing import list_assets
 from pipeline.sources.tar import MAX_NAME_BYTES
@@ -108,7 +110,7 @@ def test_names_cannot_leave_the_tar(probe):
     odd = ["/etc/x.png", "a\nb.png", "50%.png", "<script>.png", 'q"uote.png', "\udcff.png"]
     found = probe(tar_of([(name, png()) for name in ("../up.png", "a/../../b.png", *odd)]))
     assert names(found) == [
-        "a.tar/%2Fetc/x.png",
+        "a.tar/etc/x.png",
         "a.tar/a%0Ab.png",
         "a.tar/50%25.png",
         "a.tar/<script>.png",
@@ -130,8 +132,10 @@ def test_the_last_of_a_name_counts(probe, tmp_path, worker):
 def test_what_is_too_long_for_a_name_is_told(probe):
     found = probe(tar_of([("a.png", png()), (f"{'x/' * MAX_NAME_BYTES}b.png", png())]))
     assert names(found) == ["a.tar/a.png"]
-    assert found.missing_kind == "unsupported"
-    assert found.missing_error == "1 members with a name of over 1024 bytes: left out"
+    assert (found.missing_kind, found.missing_error) == (
+        "unsupported",
+        "left out are members: 1 overlong",
+    )
 
 
 WHOLE = tar_of([("a.png", png(1)), ("b.png", png(2))])
@@ -142,7 +146,7 @@ FIRST_END = 512 + -(-len(png(1)) // 512) * 512
     ("data", "kind", "message", "kept"),
     [
         (b"", "truncated", "the file is empty", 0),
-        (b"no tar" * 400, "corrupt", "not a tar file", 0),
+        (b"no tar" * 400, "corrupt", "no member's header at byte 0", 0),
         (WHOLE[:100], "truncated", "where a header is due, at byte 0", 0),
         (bytes(1024), "unsupported", "the tar holds no image or video", 0),
         (tar_of([("a.txt", b"x")]), "unsupported", "the tar holds no image or video", 0),
@@ -165,20 +169,118 @@ def test_damage_is_typed_and_what_came_before_it_stays(probe, data, kind, messag
 def test_a_size_that_leads_nowhere(probe, size):
     block = bytearray(WHOLE[FIRST_END : FIRST_END + 512])
     block[124:136] = size
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    found = probe(WHOLE[:FIRST_END] + bytes(block) + WHOLE[FIRST_END + 512 :])
+    found = probe(WHOLE[:FIRST_END] + sealed(block) + WHOLE[FIRST_END + 512 :])
     assert names(found) == ["a.tar/a.png"]
     assert found.missing_kind in {"corrupt", "truncated"}
 
 
-def test_a_pax_header_that_points_backwards_ends(probe):
-    header = tarfile.TarInfo("x.png")
-    header.pax_headers = {"size": "-1024"}
-    data = header.tobuf(tarfile.PAX_FORMAT)
-    found = probe(WHOLE[:-1024].rstrip(b"\0").ljust(2 * FIRST_END, b"\0") + data + bytes(1024))
-    assert found.error_kind is None
-    assert names(found)[:2] == ["a.tar/a.png", "a.tar/b.png"]
+def sealed(block):
+    """A header with its checksum."""
+    block = bytearray(block)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def entry(name, data=b"", kind=b"0", size=None, magic=b"ustar\x0000"):
+    """One entry by hand, with whatever a writer might say of itself."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:108] = b"0000644\0"
+    block[124:136] = b"%011o\0" % (len(data) if size is None else size)
+    block[156:157] = kind
+    block[257:265] = magic
+    return sealed(block) + data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+
+END = bytes(1024)
+A, B = entry(b"a.png", png(1)), entry(b"b.png", png(2))
+
+
+def test_a_sparse_member_is_told_and_costs_no_other(probe):
+    old = bytearray(entry(b"old.png", png(3), b"S"))
+    old[482] = 1
+    more = bytearray(512)
+    more[504] = 1
+    holes = sealed(old[:512]) + bytes(more) + bytes(512) + bytes(old[512:])
+    record = b"22 GNU.sparse.major=1\n"
+    new = entry(b"x", record, b"x") + entry(b"GNUSparseFile.0/new.png", png(4), size=len(png(4)))
+    found = probe(A + holes + new + B + END)
+    assert names(found) == ["a.tar/a.png", "a.tar/b.png"]
+    assert found.missing_error == "left out are members: 2 sparse"
+
+
+def test_sizes_of_what_has_no_data_are_hints(probe):
+    folders = entry(b"folder/", kind=b"5", size=1 << 20) + entry(b"l.png", kind=b"1", size=99_999)
+    assert names(probe(A + folders + B + END)) == ["a.tar/a.png", "a.tar/b.png"]
+    assert probe(A + folders + B + END).missing_kind is None
+
+
+@pytest.mark.parametrize("hole", [bytes(512), bytes(4096), END])
+def test_what_follows_an_end_mark_is_told(probe, hole):
+    for data in (A + hole + B + END, tar_of([("a.png", png(1))]) + WHOLE):
+        found = probe(data)
+        assert names(found) == ["a.tar/a.png"]
+        assert found.missing_kind == "corrupt"
+        assert "more follows behind the end mark" in found.missing_error
+    assert probe(A + B + END + bytes(100_000)).missing_kind is None
+
+
+def test_names_as_other_tars_write_them(probe):
+    gnu = bytearray(entry(b"./day/./gnu.png", png(3), magic=b"ustar  \0"))
+    gnu[345:357] = b"15301712116\0"  # when it was last read
+    prefixed = bytearray(entry(b"posix.png", png(4)))
+    prefixed[345:355] = b"night/late"
+    found = probe(
+        sealed(gnu[:512])
+        + bytes(gnu[512:])
+        + sealed(prefixed[:512])
+        + bytes(prefixed[512:])
+        + entry(b"old.png", png(5), kind=b"\0", magic=bytes(8))
+        + entry(b"a//b.png", png(6))
+        + entry(b"x.mp4/", png(7))
+        + entry(b"././@LongLink", b"long/y.mp4/\0", b"L", magic=b"ustar  \0")
+        + entry(b"y", png(8))
+        + entry(b"dump", b"Ya.png\0", b"D", magic=b"ustar  \0")
+        + entry(b"V", kind=b"V")
+        + B
+        + END
+    )
+    wanted = ["day/gnu.png", "night/late/posix.png", "old.png", "a/b.png", "b.png"]
+    assert names(found) == [f"a.tar/{name}" for name in wanted]
+    assert found.missing_kind is None
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"1" * 200_000,
+        b"200019 comment=" + b"1" * 200_003 + b"\n",
+        b"-5 path=x.png\n",
+        b"0 path=x.png\n",
+        b"15 path=no end!",
+        b"99999 path=x.png\n",
+        b"19 size=1234567890\n",
+        b"17 size=-1048576\n",
+        b"12 size=abc\n",
+        b"11 nothing\n",
+    ],
+)
+def test_headers_that_lie_end_the_tar_at_once(probe, records):
+    started = time.monotonic()
+    found = probe(A + entry(b"x", records, b"x") + B + END)
+    assert names(found)[:1] == ["a.tar/a.png"]
+    assert found.missing_kind in {"corrupt", "truncated"} or len(found.members) == 2
+    assert time.monotonic() - started < 5
+
+
+def test_endless_headers_are_read_one_by_one(probe):
+    chain = entry(b"x", b"16 path=c/x.png\n", b"x") * 5000
+    assert names(probe(A + chain + B + END)) == ["a.tar/a.png", "a.tar/c/x.png"]
+    huge = entry(b"x", b"", b"x", size=3 << 20)
+    found = probe(A + huge + bytes(4 << 20) + END)
+    assert names(found) == ["a.tar/a.png"]
+    assert "a header of 3145728 bytes" in found.missing_error
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -242,6 +344,19 @@ def test_plans(tmp_path):
     assert planned(tmp_path, exclude=["**/skip/*"])[1].plan_id == plan.plan_id
     (tmp_path / "b.TAR").write_bytes(tar_of([("keep/1.png", png(1)), ("keep/2.png", png(2))]))
     assert planned(tmp_path, exclude=["**/skip/*"])[1].plan_id != plan.plan_id
+
+
+def test_nothing_that_is_left_is_the_users_mistake(tmp_path):
+    (tmp_path / "a.tar").write_bytes(WHOLE)
+    spec = check_spec(
+        {
+            "input": {"url": str(tmp_path), "exclude": ["**/*.png"]},
+            "output": {"url": f"{tmp_path}-job"},
+        },
+        "the job",
+    )
+    with pytest.raises(UserError, match=r"nothing is left to annotate; look at input\.exclude"):
+        make_plan(open_store(f"{tmp_path}-job", create=True), Generation(), Planner(spec))
 
 
 def test_an_object_and_a_folder_of_one_name(s3_bucket_url):
