@@ -211,7 +211,7 @@ class _Driver:
                     cluster.num_gpus,
                     wanted.max_actors,
                     wanted.max_io_tasks,
-                    None if wanted.graph == "auto" else wanted.graph,
+                    wanted.graph,
                 )
                 record = self.job.record
                 weights = WeightsFile(key=record.weights_key, sha256=record.weights_sha256)

@@ -186,10 +186,9 @@ class RaySection(_Section):
         ge=1,
         description="Decode tasks at a time, and publish tasks, if staged; default one per CPU.",
     )
-    graph: Literal["auto", "staged", "fused"] = Field(
-        "auto",
-        description="Stages in processes of their own (staged) or all beside the model (fused);"
-        " auto takes staged where there are GPUs.",
+    graph: Literal["staged", "fused"] = Field(
+        "staged",
+        description="Decoding and publishing in tasks of their own, or all beside the model.",
     )
     num_cpus: Whole | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
     object_store_bytes: Whole | None = Field(

@@ -106,27 +106,23 @@ def choose_resources(
     num_gpus: float,
     max_actors: int | None = None,
     max_io_tasks: int | None = None,
-    graph: GraphKind | None = None,
+    graph: GraphKind = "staged",
 ) -> Resources:
-    """One actor per GPU; without GPUs, one per core, fused.
-
-    On CPUs the fused graph was the faster one (benchmarks/RESULTS.md). With GPUs it would leave the
-    cores of nodes without one idle, so there it is for whoever asks for it.
+    """One actor per GPU; without GPUs, one per core.
 
     Args:
         num_cpus: CPUs of the cluster.
         num_gpus: GPUs of the cluster.
         max_actors: The user's own bound.
         max_io_tasks: The user's own number of decode tasks, and of publish tasks, at a time.
-        graph: The user's own choice.
+        graph: How the stages are wired.
     """
-    chosen: GraphKind = graph or ("staged" if num_gpus >= 1 else "fused")
     num_actors = max(1, int(num_gpus) or int(num_cpus))
     num_actors = min(num_actors, max_actors or num_actors)
     # Both kinds of tasks, and the one that reads the plan, must fit beside the actors.
     beside = num_cpus - num_actors * _CPU_ACTOR_CPUS
     room = max(1, int((beside / _IO_TASK_CPUS - 1) / 2))
-    if chosen == "fused":
+    if graph == "fused":
         room = num_actors * _FUSED_SHARDS_PER_ACTOR
     return Resources(
         min_actors=num_actors,
@@ -134,7 +130,7 @@ def choose_resources(
         cpus_per_actor=_CPU_ACTOR_CPUS,
         gpus_per_actor=1.0 if num_gpus >= 1 else 0.0,
         max_io_tasks=min(max_io_tasks or max(2, int(num_cpus)), room),
-        graph=chosen,
+        graph=graph,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.jobs_under_test import (
     END_S,
+    FUSED,
     Driver,
     JobUnderTest,
     make_archive,
@@ -33,6 +34,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobUnderTest]:
         url=str(folder / "out"),
         weights=make_weights(folder / "weights.safetensors"),
         folder=folder / "said",
+        settings=FUSED,
     )
     with job.nothing_left():
         yield job

@@ -10,7 +10,7 @@ with warnings.catch_warnings():
 @pytest.mark.parametrize("num_cpus", [1, 2, 3, 4, 8, 64])
 @pytest.mark.parametrize("num_gpus", [0, 1])
 def test_every_stage_fits_beside_the_actors(num_cpus: int, num_gpus: int) -> None:
-    resources = graph.choose_resources(num_cpus, num_gpus, graph="staged")
+    resources = graph.choose_resources(num_cpus, num_gpus)
     actors = resources.max_actors * resources.cpus_per_actor
     # One task reads the plan; decode and publish each have as many as they may.
     tasks = (1 + 2 * resources.max_io_tasks) * graph._IO_TASK_CPUS
@@ -19,8 +19,8 @@ def test_every_stage_fits_beside_the_actors(num_cpus: int, num_gpus: int) -> Non
 
 @pytest.mark.parametrize("num_cpus", [1, 2, 16])
 def test_tasks_are_as_many_as_wanted_but_fit(num_cpus: int) -> None:
-    assert graph.choose_resources(num_cpus, 0, max_io_tasks=1, graph="staged").max_io_tasks == 1
-    resources = graph.choose_resources(num_cpus, 0, max_io_tasks=10_000, graph="staged")
+    assert graph.choose_resources(num_cpus, 0, max_io_tasks=1).max_io_tasks == 1
+    resources = graph.choose_resources(num_cpus, 0, max_io_tasks=10_000)
     actors = resources.max_actors * resources.cpus_per_actor
     assert resources.max_io_tasks > 1
     assert actors + (1 + 2 * resources.max_io_tasks) * graph._IO_TASK_CPUS <= num_cpus
@@ -33,10 +33,10 @@ def test_no_more_actors_than_are_wanted() -> None:
 
 
 @pytest.mark.parametrize("num_cpus", [1, 2, 3, 64])
-def test_the_fused_graph_is_for_cpus_unless_asked_for(num_cpus: int) -> None:
-    resources = graph.choose_resources(num_cpus, 0)
+def test_fused_actors_and_the_task_that_feeds_them_fit(num_cpus: int) -> None:
+    resources = graph.choose_resources(num_cpus, 0, graph="fused")
     assert (resources.graph, resources.max_actors) == ("fused", num_cpus)
     actors = resources.max_actors * resources.cpus_per_actor
     assert actors + graph._IO_TASK_CPUS <= num_cpus
-    assert graph.choose_resources(num_cpus, 1).graph == "staged"
-    assert graph.choose_resources(num_cpus, 1, graph="fused").graph == "fused"
+    assert resources.max_io_tasks <= 2 * num_cpus
+    assert graph.choose_resources(num_cpus, 0).graph == "staged"
