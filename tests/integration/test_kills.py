@@ -13,8 +13,8 @@ import pytest
 from pipeline.sinks.parquet import frame_id
 from tests.integration.jobs_under_test import (
     END_S,
-    FUSED,
     GENERATION,
+    SETTINGS,
     Driver,
     JobUnderTest,
     Row,
@@ -105,7 +105,7 @@ def job_of(archive: Path, weights: Path, url: str, said: Path) -> JobUnderTest:
         url=url,
         weights=weights,
         folder=said,
-        settings=(*FUSED, "output.png=true"),
+        settings=(*SETTINGS, "output.png=true"),
     )
 
 
