@@ -156,7 +156,7 @@ def _arguments() -> argparse.Namespace:
         "--weights",
         help="a weights file, or `bundled`; default: random parameters of the variant",
     )
-    parser.add_argument("--size", type=_size, default=(512, 1024), help="default: 512x1024")
+    parser.add_argument("--size", type=parse_size, default=(512, 1024), help="default: 512x1024")
     parser.add_argument("--rounds", type=_positive, default=10, help="default: 10")
     parser.add_argument("--threads", type=_positive, default=1, help="default: 1")
     output = parser.add_mutually_exclusive_group()
@@ -167,7 +167,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Read a height and a width, such as 512x1024."""
     height, _, width = text.partition("x")
     size = int(height), int(width)
     if any(side < 32 or side % 32 for side in size):
@@ -191,7 +192,7 @@ def make_frames(size: tuple[int, int]) -> list[Frames]:
 def make_model(given: argparse.Namespace) -> tuple[Segformer3D, WeightsInfo, str]:
     """Load or make the weights; give the model, what is known of it, and where it is from."""
     if given.weights is None:
-        model, info = _random_model(ModelConfig(variant=given.variant, head_width=given.head_width))
+        model, info = random_model(ModelConfig(variant=given.variant, head_width=given.head_width))
         return model, info, "random weights"
     is_bundled = given.weights == "bundled"
     data = bundled_weights() if is_bundled else Path(given.weights).read_bytes()
@@ -201,7 +202,8 @@ def make_model(given: argparse.Namespace) -> tuple[Segformer3D, WeightsInfo, str
     return model, info, "bundled weights" if is_bundled else Path(given.weights).name
 
 
-def _random_model(config: ModelConfig) -> tuple[Segformer3D, WeightsInfo]:
+def random_model(config: ModelConfig) -> tuple[Segformer3D, WeightsInfo]:
+    """Draw a model's parameters, and say what belongs to them."""
     torch.manual_seed(0)
     model = build_model(config).eval()
     if model.depth_head is not None and model.depth_head.predict.bias is not None:

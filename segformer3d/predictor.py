@@ -9,34 +9,38 @@ grid of h / 4 by w / 4.
 
 from __future__ import annotations
 
-import weakref
+import logging
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from segformer3d.class_ids import resolve_class_ids
 from segformer3d.config import DEPTH_CODE_MAX, DEPTH_INVALID
 from segformer3d.encoder import MixTransformer
+from segformer3d.gpu_lanes import Lanes
 from segformer3d.heads import FoldedHeads
 from segformer3d.model import activate_depth
+from segformer3d.network import Input, Network, masked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from segformer3d.config import DepthCodec, Preprocessing, WeightsInfo
+    from segformer3d.config import DepthCodec, WeightsInfo
     from segformer3d.model import Segformer3D
+    from segformer3d.network import Outputs
+
+_log = logging.getLogger(__name__)
 
 SIDE_MULTIPLE = 32
 IGNORE_ID = 255
 MICRO_BATCH_GPU = 8
+BATCHES_GPU = 4  # so many micro-batches at a time hide the copies of all but the first and last
 
 
 @dataclass(frozen=True)
@@ -100,18 +104,21 @@ class Predictor:
         on_cpu = self.device.type == "cpu"
         self.micro_batch = micro_batch or (1 if on_cpu else MICRO_BATCH_GPU)
         self._num_threads = torch.get_num_threads() if on_cpu and micro_batch is None else 1
-        self.batch = max(self.micro_batch, self._num_threads)
-        model.eval()
+        self.batch = max(self.micro_batch * (1 if on_cpu else BATCHES_GPU), self._num_threads)
+        model.eval().to(self.device)
         heads = [head for head in (model.segmentation_head, model.depth_head) if head is not None]
         self._has_segmentation = model.segmentation_head is not None
-        self._encode = _Encoder(model.encoder.to(self.device))
-        self._heads = FoldedHeads(heads).to(self.device)
+        folded = FoldedHeads(heads)
+        self._input = Input(info.preprocessing, self.device)
+        self._network = Network(model, folded)
         self._codec = info.depth_codec
         self._config = info.config
         metric = info.depth_codec is not None and info.depth_codec.kind == "metric"
         self._short_side_px = info.short_side_px if metric else None
-        self._bgr = info.preprocessing.channel_order == "bgr"
-        self._scale, self._bias = input_affine(info.preprocessing, self.device)
+        self._lanes: Lanes | None = None
+        if self.device.type == "cuda":
+            self._on_gpu = _gpu_network(model, folded) or self._network
+            self._lanes = Lanes(self._annotate_on_gpu, self.device)
 
     def predict(
         self, frames: NDArray[np.uint8], *, class_ids_size: tuple[int, int] | None = None
@@ -130,16 +137,14 @@ class Predictor:
         _check(frames)
         size = class_ids_size or (frames.shape[1], frames.shape[2])
         in_threads = self._num_threads > 1 and self.micro_batch == 1 and len(frames) > 1
-        if in_threads and self._encode.watched() is None:
+        if in_threads and not self._network.is_watched():
             return self._predict_in_threads(frames, size)
         parts: list[Predictions] = []
         start = 0
         while start < len(frames):
-            chunk = frames[start : start + self.micro_batch]
-            part = self._predict_if_it_fits(chunk, size)
-            if part is not None:
+            for part in self._predict_while_it_fits(frames[start:], size):
                 parts.append(part)
-                start += len(chunk)
+                start += len(part.finite)
         return _joined(parts or [self._empty(frames, size)])
 
     def _predict_in_threads(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
@@ -163,115 +168,57 @@ class Predictor:
             finite=np.zeros(0, np.bool_),
         )
 
-    def _predict_if_it_fits(
+    def _predict_while_it_fits(
         self, frames: NDArray[np.uint8], size: tuple[int, int]
-    ) -> Predictions | None:
-        """Annotate one micro-batch; halve the micro-batch and return None if memory runs out."""
+    ) -> Iterator[Predictions]:
+        """Annotate micro-batches; where memory runs out, halve the micro-batch and end."""
+        micro_batch = min(self.micro_batch, len(frames))
         try:
-            return self._predict(frames, size)
+            yield from self._predict_micro_batches(frames, size)
         except torch.OutOfMemoryError:
-            if len(frames) == 1:
+            if micro_batch == 1:
                 raise
-        self.micro_batch = len(frames) // 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+            self.micro_batch = micro_batch // 2
+            if self._lanes is not None:
+                self._lanes.clear()
+
+    def _predict_micro_batches(
+        self, frames: NDArray[np.uint8], size: tuple[int, int]
+    ) -> Iterator[Predictions]:
+        if self._lanes is not None and not self._network.is_watched():
+            for said in self._lanes.run(frames, self.micro_batch, size):
+                yield _predictions(said)
+            return
+        for start in range(0, len(frames), self.micro_batch):
+            yield self._predict(frames[start : start + self.micro_batch], size)
 
     @torch.inference_mode()
     def _predict(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
-        with self._autocast():
-            outs = self._heads(self._encode(self._input(frames)))
-        finite_b = torch.stack([_are_finite(out) for out in outs]).all(0)
-        class_ids = confidence = entropy = depth = None
-        if self._has_segmentation:
-            # What is not finite has no largest class.
-            logits = self._masked(outs[0], finite_b, 0)
-            class_ids, confidence, entropy = resolve_class_ids(logits, size)
-            class_ids = self._masked(class_ids, finite_b, IGNORE_ID)
-        if self._codec is not None:
-            metres = activate_depth(outs[-1][:, 0], self._config)
-            metres = metres * self._depth_factor(min(frames.shape[1:3]))
-            codes = _encode_depth(metres, self._codec)
-            depth = self._masked(codes, finite_b, DEPTH_INVALID).to(torch.uint16)
-        return Predictions(
-            class_ids=_numpy(class_ids),
-            depth=_numpy(depth),
-            confidence_mean=_numpy(confidence),
-            entropy_mean=_numpy(entropy),
-            finite=finite_b.cpu().numpy(),
-        )
+        outputs = self._network(self._input.from_frames(frames), size)
+        codes = self._codes(outputs, min(frames.shape[1:3]))
+        return _predictions([None if code is None else code.cpu().numpy() for code in codes])
 
-    def _masked(self, values: Tensor, finite_b: Tensor, fill: int) -> Tensor:
-        """Fill the samples that are not finite; a CPU, where asking is free, skips the copy."""
-        if self.device.type == "cpu" and finite_b.all():
-            return values
-        return torch.where(finite_b.view(-1, *(1,) * (values.ndim - 1)), values, fill)
+    @torch.inference_mode()
+    def _annotate_on_gpu(
+        self, pixels_bhwc: Tensor, size: tuple[int, int]
+    ) -> Sequence[Tensor | None]:
+        outputs = self._on_gpu(self._input.from_pixels(pixels_bhwc), size)
+        return self._codes(outputs, min(pixels_bhwc.shape[1:3]))
+
+    def _codes(self, outputs: Outputs, short_side_px: int) -> Sequence[Tensor | None]:
+        """Finish what the network says, on the device: the fields of `Predictions`."""
+        finite_b, class_ids, depth = outputs.finite_b, outputs.class_ids, None
+        if class_ids is not None:
+            class_ids = masked(class_ids, finite_b, IGNORE_ID)
+        if outputs.depth_bq is not None and self._codec is not None:
+            metres = activate_depth(outputs.depth_bq, self._config)
+            codes = _encode_depth(metres * self._depth_factor(short_side_px), self._codec)
+            depth = masked(codes, finite_b, DEPTH_INVALID).to(torch.uint16)
+        return class_ids, depth, outputs.confidence_b, outputs.entropy_b, finite_b
 
     def _depth_factor(self, short_side_px: int) -> float:
         """What a frame's size does to its depth: twice the size looks twice as near."""
         return short_side_px / self._short_side_px if self._short_side_px else 1.0
-
-    def _input(self, frames: NDArray[np.uint8]) -> Tensor:
-        """Normalise frames on the device: float32 (B, 3, H, W), channels last."""
-        if self.device.type == "cpu":
-            return self._cpu_input(frames)
-        staging = torch.empty(
-            frames.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-        )
-        staging.numpy()[...] = frames
-        pixels_bchw = staging.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        if self._bgr:
-            pixels_bchw = pixels_bchw.flip(1)
-        return torch.addcmul(self._bias, pixels_bchw.float(), self._scale)
-
-    def _cpu_input(self, frames: NDArray[np.uint8]) -> Tensor:
-        from segformer3d.native import normalise
-
-        pixels = np.ascontiguousarray(frames[..., ::-1] if self._bgr else frames)
-        x_bhwc = torch.empty(frames.shape)
-        normalise(
-            pixels, self._scale.flatten().numpy(), self._bias.flatten().numpy(), x_bhwc.numpy()
-        )
-        return x_bhwc.permute(0, 3, 1, 2)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return nullcontext()
-
-
-class _Encoder:
-    """Encodes by the modules, or on a CPU by their rearranged form.
-
-    While somebody watches the modules by hooks, they run themselves. They are not kept for that:
-    nobody can watch what is gone.
-    """
-
-    def __init__(self, modules: nn.Module) -> None:
-        on_cpu = next(modules.parameters()).device.type == "cpu"
-        self._encode: Callable[[Tensor], list[Tensor]] = modules
-        self._watchable: Callable[[], nn.Module | None] = lambda: None
-        if on_cpu and isinstance(modules, MixTransformer):
-            # Numba takes half a second to import, and GPUs need none.
-            from segformer3d.cpu_encoder import CpuEncoder
-
-            self._encode, self._watchable = CpuEncoder(modules), weakref.ref(modules)
-
-    def __call__(self, x_bchw: Tensor) -> list[Tensor]:
-        return (self.watched() or self._encode)(x_bchw)
-
-    def watched(self) -> nn.Module | None:
-        """The modules, if hooks are waiting there for frames, one after the other."""
-        modules = self._watchable()
-        items = () if modules is None else modules.modules()
-        has_hooks = any(item._forward_pre_hooks or item._forward_hooks for item in items)
-        return modules if has_hooks else None
-
-
-def _are_finite(out_bchw: Tensor) -> Tensor:
-    """Whether all of a sample is finite, bool (B,): its extremes are, which one pass finds."""
-    least, most = out_bchw.flatten(1).aminmax(dim=1)
-    return least.isfinite() & most.isfinite()
 
 
 def _encode_depth(depth: Tensor, codec: DepthCodec) -> Tensor:
@@ -280,14 +227,6 @@ def _encode_depth(depth: Tensor, codec: DepthCodec) -> Tensor:
     valid = values.isfinite() & (values > 0)
     codes = (torch.where(valid, values, 0) * codec.scale).round().clamp(1, DEPTH_CODE_MAX)
     return torch.where(valid, codes, DEPTH_INVALID).to(torch.int32)
-
-
-def input_affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Fold the preprocessing into one scale and one bias over 0..255: (3, 1, 1) each."""
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
-    std = torch.tensor(preprocessing.std, dtype=torch.float64)
-    scale, bias = 1 / (255 * std), -mean / std
-    return scale.float().view(3, 1, 1).to(device), bias.float().view(3, 1, 1).to(device)
 
 
 def _check(frames: NDArray[np.uint8]) -> None:
@@ -303,8 +242,38 @@ def _check(frames: NDArray[np.uint8]) -> None:
         )
 
 
-def _numpy(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.cpu().numpy()
+def _gpu_network(
+    model: Segformer3D, heads: FoldedHeads
+) -> Callable[[Tensor, tuple[int, int]], Outputs] | None:
+    """The network by kernels of our own; None, with a warning, where they cannot be had."""
+    if not isinstance(model.encoder, MixTransformer):
+        return None
+    try:
+        from triton.errors import TritonError
+
+        from segformer3d.gpu_network import GpuNetwork
+    except ImportError as error:
+        _log.warning("the GPU runs without fused kernels: %s", error)
+        return None
+    try:
+        network = GpuNetwork(model, heads)
+        with torch.inference_mode():
+            device = next(model.parameters()).device
+            network(torch.zeros(1, 3, SIDE_MULTIPLE, SIDE_MULTIPLE, device=device), (1, 1))
+            torch.cuda.synchronize(device)
+    except torch.AcceleratorError:
+        raise
+    except (TritonError, RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
+        # Triton builds its launcher with a C compiler, which not every machine has.
+        _log.warning("the GPU runs without fused kernels: %s", error)
+        return None
+    return network
+
+
+def _predictions(said: Sequence[Any]) -> Predictions:
+    return Predictions(
+        **dict(zip((field.name for field in fields(Predictions)), said, strict=True))
+    )
 
 
 def _joined(parts: list[Predictions]) -> Predictions:

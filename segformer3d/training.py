@@ -27,9 +27,9 @@ from segformer3d.config import (
     WeightsInfo,
 )
 from segformer3d.datasets import DatasetError, open_dataset
+from segformer3d.network import input_affine
 from segformer3d.objective import Objective
 from segformer3d.optim import MovingAverage, make_optimizer, momentum_at, rate_at
-from segformer3d.predictor import input_affine
 from segformer3d.recipe import Recipe, RecipeError, codec_of, expanded
 from segformer3d.start import model_at_start, read_weights
 from segformer3d.teaching import Lessons, Teacher

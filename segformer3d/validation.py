@@ -12,8 +12,9 @@ from segformer3d.collective import alone, gather, rank, world_size
 from segformer3d.evaluation import measure, multiple_of_32
 from segformer3d.geometry import Geometry, input_size
 from segformer3d.metrics import ConfusionMatrix, DepthErrors
+from segformer3d.network import input_affine
 from segformer3d.objective import LossSums
-from segformer3d.predictor import Predictor, input_affine
+from segformer3d.predictor import Predictor
 from segformer3d.recipe import RecipeError
 
 if TYPE_CHECKING:

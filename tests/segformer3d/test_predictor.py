@@ -173,19 +173,19 @@ def test_micro_batches_halve_when_memory_runs_out(limit, batches, kept):
     frames = frames_of(11, 32, 32)
     expected = Predictor(model, info).predict(frames)
     predictor = Predictor(model, info, micro_batch=8)
-    predictor._encode = OutOfMemoryAbove(predictor._encode, limit)
+    predictor._network._encode = OutOfMemoryAbove(predictor._network._encode, limit)
     predictions = predictor.predict(frames)
-    assert predictor._encode.batches == batches
+    assert predictor._network._encode.batches == batches
     assert predictor.micro_batch == kept
     np.testing.assert_allclose(predictions.entropy_mean, expected.entropy_mean, rtol=1e-4)
 
 
 def test_one_frame_that_does_not_fit_raises():
     predictor = Predictor(*model_and_info(), micro_batch=4)
-    predictor._encode = OutOfMemoryAbove(predictor._encode, 0)
+    predictor._network._encode = OutOfMemoryAbove(predictor._network._encode, 0)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         predictor.predict(frames_of(3, 32, 32))
-    assert predictor._encode.batches == [3, 1]
+    assert predictor._network._encode.batches == [3, 1]
 
 
 class NanInFrame:
@@ -203,7 +203,7 @@ def test_frames_that_are_not_finite_are_marked(value):
     predictor = Predictor(*model_and_info(), micro_batch=3)
     frames = frames_of(3)
     expected = predictor.predict(frames)
-    predictor._encode = NanInFrame(predictor._encode, 1, value)
+    predictor._network._encode = NanInFrame(predictor._network._encode, 1, value)
     predictions = predictor.predict(frames)
     assert predictions.finite.tolist() == [True, False, True]
     assert (predictions.class_ids[1] == 255).all()
@@ -282,13 +282,20 @@ def test_threads_are_set():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_gpu_agrees_with_cpu():
+@pytest.mark.parametrize("size", [None, (50, 77)])
+def test_gpu_agrees_with_cpu(size, caplog):
     model, info = model_and_info()
-    frames = frames_of(3)
-    expected = Predictor(model, info, device="cpu").predict(frames)
-    actual = Predictor(model, info, device="cuda").predict(frames)
-    assert (actual.class_ids == expected.class_ids).mean() > 0.9
-    np.testing.assert_allclose(actual.entropy_mean, expected.entropy_mean, rtol=0.05)
+    frames = frames_of(30)
+    expected = Predictor(model, info, device="cpu").predict(frames, class_ids_size=size)
+    predictor = Predictor(model, info, device="cuda")
+    # The first time without recorded graphs, then with them; not in whole micro-batches.
+    for count in (30, 30, 30, 5, 2, 1):
+        actual = predictor.predict(frames[:count], class_ids_size=size)
+        assert (actual.class_ids == expected.class_ids[:count]).mean() > 0.9
+        np.testing.assert_allclose(actual.entropy_mean, expected.entropy_mean[:count], rtol=0.05)
+        depth = expected.depth[:count].astype(float)
+        assert np.median(np.abs(actual.depth - depth)) < 0.05 * np.median(depth)
+    assert not caplog.records
 
 
 def test_depth_as_a_logarithm_is_always_valid():

@@ -1,0 +1,167 @@
+"""Micro-batches on their way through a GPU: two at a time, each recorded as a CUDA graph.
+
+A lane is a stream with buffers of its own: pinned memory for the frames and for what comes back,
+and the graph between. While one lane computes, the other copies, and the host does what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict, deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Frames = NDArray[np.uint8]
+    Annotate = Callable[[Tensor, tuple[int, int]], Sequence[Tensor | None]]
+    Key = tuple[int, tuple[int, ...], tuple[int, int]]
+    Said = list[NDArray[np.generic] | None]
+
+_log = logging.getLogger(__name__)
+
+LANES = 2
+SHAPES_MAX = 4  # whose graphs are kept: each holds the memory of its activations
+CALLS_TO_RECORD = 2  # recording does not pay for a single picture
+CALLS_TO_REPLACE = 16  # nor does it where shapes that come in turns throw each other out
+
+
+class Lanes:
+    """Annotates frames by graphs that it records as shapes come back.
+
+    Not for several threads at once.
+    """
+
+    def __init__(self, annotate: Annotate, device: torch.device) -> None:
+        """Take what is to be recorded.
+
+        Args:
+            annotate: Pixels, uint8 (B, H, W, 3) on the device, and the class ids' size, to what
+                is wanted of them, B first; must not wait for the device.
+            device: A CUDA device.
+        """
+        self._annotate = annotate
+        self._device = device
+        self._lanes: OrderedDict[Key, list[_Lane]] = OrderedDict()
+        self._calls: Counter[Key] = Counter()
+        self._may_record = True
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        torch.cuda.synchronize(self._device)
+        self._lanes.clear()
+        torch.cuda.empty_cache()
+
+    def run(self, frames: Frames, width: int, size: tuple[int, int]) -> Iterator[Said]:
+        """Annotate frames, so many at a time as a lane is wide; class ids at `size`.
+
+        Raises:
+            torch.OutOfMemoryError: That many frames do not fit into memory.
+        """
+        chunks = [frames[start : start + width] for start in range(0, len(frames), width)]
+        # Less than half a lane's width is faster alone.
+        lanes = self._lanes_for(frames.shape[1:], width, size) if 2 * len(frames) >= width else []
+        if not lanes:
+            for chunk in chunks:
+                yield self._run_without(chunk, size)
+            return
+        started: deque[tuple[_Lane, int]] = deque()
+        for turn, chunk in enumerate(chunks):
+            if len(started) == LANES:
+                lane, count = started.popleft()
+                yield lane.finish(count)
+            lane = lanes[turn % LANES]
+            lane.start(chunk)
+            started.append((lane, len(chunk)))
+        for lane, count in started:
+            yield lane.finish(count)
+
+    def _run_without(self, frames: Frames, size: tuple[int, int]) -> Said:
+        staging = torch.empty(frames.shape, dtype=torch.uint8)
+        staging.numpy()[...] = frames
+        outs = self._annotate(staging.to(self._device), size)
+        return [None if out is None else out.cpu().numpy() for out in outs]
+
+    def _lanes_for(
+        self, shape: tuple[int, ...], width: int, size: tuple[int, int]
+    ) -> Sequence[_Lane]:
+        """The lanes of a shape, none while recording them would not pay."""
+        key = (width, shape, size)
+        if key in self._lanes:
+            self._lanes.move_to_end(key)
+            return self._lanes[key]
+        self._calls[key] += 1
+        is_full = len(self._lanes) == SHAPES_MAX
+        if not self._may_record or self._calls[key] < (
+            CALLS_TO_REPLACE if is_full else CALLS_TO_RECORD
+        ):
+            return ()
+        if is_full:
+            self._calls[self._lanes.popitem(last=False)[0]] = 0
+        self._lanes[key] = self._record(key)
+        return self._lanes[key]
+
+    def _record(self, key: Key) -> list[_Lane]:
+        width, shape, size = key
+        try:
+            return [
+                _Lane((width, *shape), lambda pixels: self._annotate(pixels, size), self._device)
+                for _ in range(LANES)
+            ]
+        except RuntimeError as error:
+            # Raises if the device is lost; if it is not, the same goes without a recording.
+            torch.cuda.synchronize(self._device)
+            _log.warning("the GPU runs without recorded graphs: %s", error)
+            self._may_record = False
+            return []
+
+
+class _Lane:
+    """One stream, its buffers and its graph."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        annotate: Callable[[Tensor], Sequence[Tensor | None]],
+        device: torch.device,
+    ) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+        self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            # Once before recording: libraries set themselves up when first called on a stream.
+            annotate(self._pixels)
+        self._stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._outs = annotate(self._pixels)
+        self._results = [
+            None if out is None else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+            for out in self._outs
+        ]
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def start(self, frames: Frames) -> None:
+        """Set out with as many frames as the lane is wide, or fewer: the rest stays as it is."""
+        self._staging[: len(frames)].numpy()[...] = frames
+        with torch.cuda.stream(self._stream):
+            self._pixels.copy_(self._staging, non_blocking=True)
+            self._graph.replay()
+            for result, out in zip(self._results, self._outs, strict=True):
+                if result is not None and out is not None:
+                    result.copy_(out, non_blocking=True)
+            self._done.record(self._stream)
+
+    def finish(self, count: int) -> Said:
+        """Wait, and give what belongs to the first `count` frames."""
+        self._done.synchronize()
+        return [
+            None if result is None else result[:count].numpy().copy() for result in self._results
+        ]
