@@ -17,11 +17,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from segformer3d.native_blocks import (
+    add_divided,
     are_within,
     convolve_gelu,
     divide_heads,
@@ -30,7 +32,6 @@ from segformer3d.native_blocks import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from segformer3d.encoder import MixTransformer
@@ -109,7 +110,7 @@ class _Block:
 
     def __init__(self, block: Block, shift: Tensor) -> None:
         self.norm1, self.norm2 = _Norm(block.norm1), _Norm(block.norm2)
-        self.attention = _Attention(block.attn)
+        self.attention = _Attention(block.attn, block.norm1)
         self.ffn = _MixFFN(block.ffn)
         middle = shift + self.attention.bias
         self.shift1, self.shift2 = _array(shift), _array(middle)
@@ -126,7 +127,8 @@ class _Block:
 class _Attention:
     """Efficient self-attention, by tiles of queries; `bias` is left out of what it adds."""
 
-    def __init__(self, attention: EfficientAttention) -> None:
+    def __init__(self, attention: EfficientAttention, norm: nn.LayerNorm) -> None:
+        """Fold an attention whose input comes from `norm`."""
         self.num_heads = attention.num_heads
         q, q_bias = _double(attention.q)
         k, v = attention.kv.weight.double().chunk(2)
@@ -140,10 +142,15 @@ class _Attention:
         q_bias_ad = q_bias.view(self.num_heads, -1)
         self.query_bias = torch.einsum("ad,adc->ac", q_bias_ad, k.view(heads)).float()
         self.query = self.out = None
+        # What a norm gives is no longer than this, and so neither are the queries.
+        longest = norm.weight.abs().max().double() * len(q) ** 0.5 + norm.bias.double().norm()
         if self.num_heads == 1:
             k, v = q.T @ k, proj @ v
+            self.longest_a = longest.float().view(1)
         else:
             self.query, self.out = _transposed(q), _transposed(proj)
+            sizes_a = torch.linalg.matrix_norm(q.view(heads), 2)
+            self.longest_a = (longest * sizes_a).float()
         self.key, self.value = k.float().contiguous(), _transposed(v)
         self.reduction = _Reduction(attention) if attention.sr is not None else None
 
@@ -156,10 +163,11 @@ class _Attention:
         shifts_am = self.query_bias @ source_mc.T
         values_mc = source_mc @ self.value
         queries_nc = y_nc if self.query is None else y_nc @ self.query
-        self._attend(queries_nc, keys_cm, shifts_am, values_mc, y_nc)
+        totals_an = self._attend(queries_nc, keys_cm, shifts_am, values_mc, y_nc)
         if self.out is None:
-            x_nc.add_(y_nc)
+            add_divided(x_nc.numpy(), y_nc.numpy(), totals_an[0])
         else:
+            divide_heads(y_nc.numpy(), totals_an)
             x_nc.addmm_(y_nc, self.out)
 
     def _attend(
@@ -169,31 +177,38 @@ class _Attention:
         shifts_am: Tensor,
         values_mc: Tensor,
         out_nc: Tensor,
-    ) -> None:
-        """Attend with every head; the output may lie where the queries do."""
+    ) -> NDArray[np.float32]:
+        """Attend with every head, up to the totals that it returns, (A, N).
+
+        The output may lie where the queries do.
+        """
         are_small = self._are_small(queries_nc, keys_cm, shifts_am)
         num_queries, num_keys = len(queries_nc), len(values_mc)
         tile = max(1, TILE_FLOATS // num_keys)
         scores_tm = torch.empty(min(tile, num_queries), num_keys)
-        totals_an = torch.empty(self.num_heads, num_queries)
-        scores, shifts, totals = scores_tm.numpy(), shifts_am.numpy(), totals_an.numpy()
+        scores = scores_tm.numpy()
+        totals_an = np.empty((self.num_heads, num_queries), np.float32)
         keys_adm = keys_cm.view(self.num_heads, -1, num_keys)
         width = keys_adm.shape[1]
         for head, keys_dm in enumerate(keys_adm):
             own = slice(head * width, (head + 1) * width)
             queries_nd, values_md, out_nd = queries_nc[:, own], values_mc[:, own], out_nc[:, own]
+            shift_m, totals_n = shifts_am[head].numpy(), totals_an[head]
             for start in range(0, num_queries, tile):
                 stop = min(start + tile, num_queries)
                 powers_tm = scores_tm[: stop - start]
                 torch.mm(queries_nd[start:stop], keys_dm, out=powers_tm)
-                raise_two(scores[: stop - start], shifts[head], are_small, totals[head, start:stop])
+                raise_two(scores[: stop - start], shift_m, are_small, totals_n[start:stop])
                 torch.mm(powers_tm, values_md, out=out_nd[start:stop])
-        divide_heads(out_nc.numpy(), totals)
+        return totals_an
 
     def _are_small(self, queries_nc: Tensor, keys_cm: Tensor, shifts_am: Tensor) -> bool:
         """Whether no score can be far from 0: a product is at most the lengths' product."""
-        keys_a = keys_cm.view(self.num_heads, -1, keys_cm.shape[1]).norm(dim=1).amax(1)
+        keys_adm = keys_cm.view(self.num_heads, -1, keys_cm.shape[1])
+        keys_a = keys_adm.square().sum(1).amax(1).sqrt()  # a quarter of the time of `norm`
         limits_a = (SCORE_MAX - shifts_am.abs().amax(1)) / keys_a
+        if (self.longest_a <= limits_a).all():
+            return True
         return are_within(queries_nc.numpy(), limits_a.numpy())
 
 

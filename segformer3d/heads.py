@@ -116,7 +116,7 @@ class FoldedHeads(nn.Module):
         if _is_plain(finest_bhwc) and all(_is_plain(low) for low in lows_bhwc):
             samples = zip(finest_bhwc, *lows_bhwc, strict=True)
             outs_hwc = [self._forward_compiled(finest, lows) for finest, *lows in samples]
-            outs_bhwc = [torch.stack(outs) for outs in zip(*outs_hwc, strict=True)]
+            outs_bhwc = [_stacked(outs) for outs in zip(*outs_hwc, strict=True)]
         else:
             outs_bhwc = self._forward_torch(finest_bhwc, lows_bhwc)
         return [out.permute(0, 3, 1, 2) for out in outs_bhwc]
@@ -163,6 +163,10 @@ class FoldedHeads(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             parts = torch.split(hidden.float(), self.widths, dim=-1)
             return [predict(part) for predict, part in zip(self.predicts, parts, strict=True)]
+
+
+def _stacked(outs: Sequence[Tensor]) -> Tensor:
+    return outs[0][None] if len(outs) == 1 else torch.stack(tuple(outs))
 
 
 def _is_plain(x: Tensor) -> bool:

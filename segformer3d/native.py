@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     U8 = NDArray[np.uint8]
 
 _LEAST = np.float32(-124.0)  # smaller powers of two are no normal float32
+_TO_INTEGERS = np.float32(1.5 * 2**23)  # added to a float, it leaves the nearest integer's bits
 _LOG2_E = np.float32(1.4426950408889634)
 # 2^r for |r| <= 1/2, exact at 0 and within 2e-7 in float32; by least squares of the relative error.
 _E1, _E2 = np.float32(0.693147), np.float32(0.24022241)
@@ -32,15 +33,20 @@ _E3, _E4, _E5 = np.float32(0.05550735), np.float32(0.009671619), np.float32(0.00
 
 @compiled
 def power_of_two(t: np.float32) -> np.float32:
-    """2^t for t below 127, within 2e-7; 2^-124 for smaller ones. Vectorises, unlike libm's.
+    """2^t for t below 127, within 2e-7; 2^-124 for smaller ones. Vectorises, unlike libm's."""
+    return power_of_two_near_zero(_LEAST if t < _LEAST else t)
+
+
+@compiled
+def power_of_two_near_zero(t: np.float32) -> np.float32:
+    """2^t for t from -124 to 127, within 2e-7.
 
     2^t = 2^n 2^r with n = round(t), which is added to the exponent's bits.
     """
-    t = _LEAST if t < _LEAST else t
-    n = np.floor(t + np.float32(0.5))
-    r = t - n
+    shifted = t + _TO_INTEGERS
+    r = t - (shifted - _TO_INTEGERS)
     p = ((((_E5 * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + np.float32(1)
-    power: np.float32 = bits_as_float(float_as_bits(p) + (np.int32(n) << np.int32(23)))
+    power: np.float32 = bits_as_float(float_as_bits(p) + (float_as_bits(shifted) << np.int32(23)))
     return power
 
 

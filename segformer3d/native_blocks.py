@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from segformer3d.compiling import bits_as_float, compiled, float_as_bits
-from segformer3d.native import power_of_two
+from segformer3d.native import power_of_two, power_of_two_near_zero
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,17 +99,21 @@ def raise_two(scores_nm: F32, shift_m: F32, are_small: bool, totals_n: F32) -> N
     number, keys = scores_nm.shape
     for n in range(number):
         row = scores_nm[n]
-        top = np.float32(0)
-        if not are_small:
+        total = np.float32(0)
+        if are_small:
+            for m in range(keys):
+                power = power_of_two_near_zero(row[m] + shift_m[m])
+                row[m] = power
+                total = _sum(total, power)
+        else:
             largest = -_SIGN_LESS
             for m in range(keys):
                 largest = max(largest, _ordered(float_as_bits(row[m] + shift_m[m])))
             top = bits_as_float(_ordered(largest))
-        total = np.float32(0)
-        for m in range(keys):
-            power = power_of_two((row[m] + shift_m[m]) - top)
-            row[m] = power
-            total = _sum(total, power)
+            for m in range(keys):
+                power = power_of_two((row[m] + shift_m[m]) - top)
+                row[m] = power
+                total = _sum(total, power)
         totals_n[n] = total
 
 
@@ -138,6 +142,16 @@ def divide_heads(x_nc: F32, totals_an: F32) -> None:
             share = _ONE / totals_an[a, n]
             for c in range(a * width, (a + 1) * width):
                 x_nc[n, c] *= share
+
+
+@compiled
+def add_divided(x_nc: F32, y_nc: F32, totals_n: F32) -> None:
+    """Add each row of `y_nc`, divided by its total, to `x_nc`."""
+    number, channels = x_nc.shape
+    for n in range(number):
+        share = _ONE / totals_n[n]
+        for c in range(channels):
+            x_nc[n, c] += y_nc[n, c] * share
 
 
 @compiled

@@ -162,5 +162,6 @@ def input_affine(preprocessing: Preprocessing, device: torch.device) -> tuple[Te
 
 def _are_finite(out_bchw: Tensor) -> Tensor:
     """Whether all of a sample is finite, bool (B,): its extremes are, which one pass finds."""
-    least, most = out_bchw.flatten(1).aminmax(dim=1)
+    # As the heads lay them out: the other order would be a copy.
+    least, most = out_bchw.permute(0, 2, 3, 1).flatten(1).aminmax(dim=1)
     return least.isfinite() & most.isfinite()

@@ -81,6 +81,23 @@ def test_scores_too_large_for_bare_powers(monkeypatch):
     assert False in seen
 
 
+def test_no_query_is_longer_than_the_norm_before_it_allows():
+    encoder = random_encoder()
+    for stage, of_stage in zip(encoder.stages, CpuEncoder(encoder).stages, strict=True):
+        block, longest_a = stage.blocks[0], of_stage.blocks[0].attention.longest_a
+        channels = len(block.norm1.weight)
+        # The longest that a norm gives: all of the spread on the channel of the largest weight.
+        worst = torch.zeros(channels)
+        worst[block.norm1.weight.abs().argmax()] = 1
+        with torch.inference_mode():
+            y_nc = block.norm1(torch.cat([torch.randn(500, channels), worst[None]]))
+            if len(longest_a) > 1:
+                y_nc = y_nc @ block.attn.q.weight.T
+        lengths_na = y_nc.view(len(y_nc), len(longest_a), -1).norm(dim=2)
+        assert (lengths_na <= longest_a).all()
+        assert (lengths_na.amax(0) > 0.2 * longest_a).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(value):
     x = torch.randn(1, 3, 64, 64)
