@@ -21,6 +21,7 @@ from pipeline.errors import JobError, ObjectNotFoundError, StorageError, UserErr
 from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
 from pipeline.records import CommitRecord, DataFile, ShardSpec
 from pipeline.sinks.parquet import frame_id
+from pipeline.sinks.png import compare_png_tree
 from pipeline.storage import StorageOptions, Store, open_store
 
 _MOST_NAMED = 1000
@@ -90,11 +91,11 @@ class Findings:
 
 
 def verify_job(url: str, storage: StorageOptions) -> Findings:
-    """Read the plan, every commit record, and every byte of every data object that one names.
+    """Read the plan, every commit record, every byte of every data object that one names, and PNGs.
 
     Finds objects that are missing, of another size or of other content; rows that are missing,
     twice or not planned; records, data and shards that are not the plan's; a sealed manifest that
-    says other things than the records.
+    says other things than the records; PNGs that show other things than the data.
 
     Raises:
         UserError: If there is no job, or no plan yet.
@@ -108,6 +109,7 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
     hidden = hidden_shards(plans)
     findings = Findings(url=store.url, replaced=sum(map(len, hidden)))
     is_finished = store.exists(plans[-1][0].success_key)
+    wrong_pngs: dict[str, tuple[int, int]] = {}
     with Progress("verifying", sum(plan.num_frames for _, plan in plans)) as progress:
         for generation, plan in plans:
             checked = _Generation(
@@ -119,8 +121,12 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
                 is_newest=generation == plans[-1][0],
                 is_finished=is_finished or store.exists(generation.success_key),
                 findings=findings,
+                wrong_pngs=wrong_pngs,
             )
             checked.check(progress)
+    for key, shard in sorted(wrong_pngs.items()):
+        findings.broken.add(shard)
+        findings.fault(f"{key}: shows other things than the data of shard {shard[1]}")
     _check_folders(store, len(plans), findings)
     check_job(store, job, findings.fault)
     return findings
@@ -151,6 +157,7 @@ class _Generation:
     is_newest: bool
     is_finished: bool
     findings: Findings
+    wrong_pngs: dict[str, tuple[int, int]]
     unreadable: set[int] = field(default_factory=set)
 
     def check(self, progress: Progress) -> None:
@@ -161,6 +168,7 @@ class _Generation:
         findings.num_shards += self.plan.num_shards - len(self.hidden)
         findings.num_decided += len(records)
         undecided: list[int] = []
+        with_pngs = self._with_pngs()
         digest = PlanDigest()
         for spec in self._planned():
             digest.add(spec)
@@ -169,7 +177,7 @@ class _Generation:
                 continue
             record = records.get(spec.shard_id)
             if record is not None:
-                self._check_shard(spec, record)
+                self._check_shard(spec, record, has_pngs=spec.shard_id in with_pngs)
             elif (number, spec.shard_id) in findings.broken:
                 continue
             elif self.is_newest or spec.shard_id in self.unreadable:
@@ -247,7 +255,13 @@ class _Generation:
                 continue
             yield from shards
 
-    def _check_shard(self, spec: ShardSpec, record: CommitRecord) -> None:
+    def _with_pngs(self) -> set[int | None]:
+        """Shards whose PNGs are said to be complete."""
+        if self.job.identity.get("output.png") is not True:
+            return set()
+        return {shard_of(item.key) for item in self.store.list(self.generation.png_done_prefix)}
+
+    def _check_shard(self, spec: ShardSpec, record: CommitRecord, *, has_pngs: bool) -> None:
         planned = [
             frame_id(part.asset, index) for part in spec.slices for index in part.frame_index
         ]
@@ -269,6 +283,8 @@ class _Generation:
                 self.findings.fault(f"{key}: cannot be read: {error}")
                 return
             check_rows(key, data, record, functools.partial(self._break, spec.shard_id))
+            if has_pngs:
+                self._compare_pngs(spec.shard_id, data)
             held += [name for name, _ in rows]
             num_ok += sum(status == "ok" for _, status in rows)
         self.findings.num_rows += len(held)
@@ -276,6 +292,14 @@ class _Generation:
         if (record.num_rows, record.num_ok) != (len(held), num_ok):
             message = "its record counts other rows than its data holds"
             self._break(spec.shard_id, f"shard {spec.shard_id}: {message}")
+
+    def _compare_pngs(self, shard_id: int, data: bytes) -> None:
+        for key, is_right in compare_png_tree(self.store, data):
+            if is_right:
+                # What an older generation said of the same frame does not count any more.
+                self.wrong_pngs.pop(key, None)
+            else:
+                self.wrong_pngs[key] = self.generation.number, shard_id
 
     def _compare(self, shard_id: int, planned: list[str], held: list[str]) -> None:
         wanted, found = Counter(planned), Counter(held)

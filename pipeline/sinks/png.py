@@ -3,21 +3,26 @@
 It is made after the commit, from the winning Parquet object, so that writing it again is harmless.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from pipeline.encode import (
     decode_class_ids,
     decode_depth,
     encode_png,
+    is_same_png,
     resize_class_ids,
     resize_depth_codes,
 )
+from pipeline.errors import StorageError
 from pipeline.layout import png_stem
 from pipeline.records import UInt8Array, UInt16Array
 from pipeline.sinks.parquet import read_rows
 from pipeline.storage import Store
 from segformer3d.draw import colorize_classes
 
+_COMPARED_AT_A_TIME = 48
 _COLUMNS = ["asset", "frame_index", "pts_s", "width", "height", "status", "class_ids", "depth"]
 
 
@@ -32,14 +37,37 @@ def write_png_tree(store: Store, data: bytes) -> int:
         How many PNGs were written.
     """
     written = 0
+    for key, png in _pngs(data):
+        store.put(key, png)
+        written += 1
+    return written
+
+
+def compare_png_tree(store: Store, data: bytes) -> Iterator[tuple[str, bool]]:
+    """Compare the PNGs of a shard with what its data says.
+
+    Args:
+        store: The job's store.
+        data: Bytes of the shard's winning Parquet object.
+
+    Yields:
+        The key of every PNG that can be read, and whether it is what it should be.
+    """
+    made = _pngs(data)
+    while expected := dict(islice(made, _COMPARED_AT_A_TIME)):
+        for key, found in store.read_many(expected):
+            if not isinstance(found, StorageError):
+                yield key, is_same_png(found, expected[key])
+
+
+def _pngs(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Keys and bytes of the PNGs of every good row of a shard."""
     for row in read_rows(data, _COLUMNS):
         if row["status"] != "ok":
             continue
         stem = png_stem(row["asset"], row["frame_index"], is_video=row["pts_s"] is not None)
         for suffix, picture in _pictures(row).items():
-            store.put(f"{stem}{suffix}", encode_png(picture))
-            written += 1
-    return written
+            yield f"{stem}{suffix}", encode_png(picture)
 
 
 def _pictures(row: dict[str, Any]) -> dict[str, UInt8Array | UInt16Array]:

@@ -385,6 +385,30 @@ def lose_pngs(store):
     store.delete(keys)
 
 
+def test_pngs_that_show_other_things_than_the_data_are_made_anew(call, job):
+    keys = ["png/0.jpg_depth.png", "png/3.jpg_color.png"]
+    wanted = [job.read(key) for key in keys]
+    job.put(keys[0], job.read("png/1.jpg_depth.png"))
+    job.put(keys[1], wanted[1][:100])
+    code, said = call("verify", job.url, "--json")
+    assert (code, said["sound"], len(said["faults"])) == (1, False, 2)
+    assert all(key in fault for key, fault in zip(keys, said["faults"], strict=True))
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["complete"]) == (0, True)
+    assert [job.read(key) for key in keys] == wanted
+
+
+def test_pngs_follow_the_newest_generation(call, job, archive):
+    """What an older one said of the same frame does not count, and is no fault."""
+    (archive / "text.png").write_bytes(encode_image(picture(*SIZE, 8), "PNG"))
+    call("retry", job.url)
+    assert verify_job(job.url, StorageOptions()).is_complete
+    job.put("png/text.png_depth.png", job.read("png/1.jpg_depth.png"))
+    code, said = call("verify", job.url, "--json")
+    assert (code, said["broken"]) == (1, [[1, 1]])
+    assert said["faults"] == ["png/text.png_depth.png: shows other things than the data of shard 1"]
+
+
 def test_a_retry_leaves_no_pngs_behind(call, job):
     lose_pngs(job)
     code, err = call("retry", job.url)

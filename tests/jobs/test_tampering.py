@@ -16,7 +16,7 @@ from jobs.manifest import Manifest
 from jobs.status import find_jobs, job_status
 from jobs.verify import verify_job
 from pipeline.errors import Segformer3dError
-from pipeline.layout import LEASE_PREFIX, MANIFEST_PREFIX, PNG_PREFIX, PROBE_PREFIX, Generation
+from pipeline.layout import LEASE_PREFIX, MANIFEST_PREFIX, PROBE_PREFIX, Generation
 from pipeline.storage import StorageOptions
 from tests.jobs.job_parts import make_job
 
@@ -131,17 +131,15 @@ def tamper(job, rng):
 
 
 def must_be_noticed(how, key, done):
-    """Of PNGs only that they are there: they can be made again from the data.
+    """Whether a job is not what it says after that.
 
-    A snapshot or a success marker that is gone leaves a job that is sound and has not said that it
-    is finished; the next resume makes them.
+    Without a snapshot or a success marker it is sound and has not said that it is finished; the
+    next resume makes them.
     """
     if not done or key.startswith(NEWS):
         return False
     if how == "delete" and (key.startswith(MANIFEST_PREFIX) or key == GENERATION.success_key):
         return False
-    if key.startswith(PNG_PREFIX):
-        return how == "delete"
     if "/png-done/" in key:
         # Only the marker's name says anything.
         return how == "delete"
@@ -170,7 +168,7 @@ def line(noticed, unnoticed):
     ways = ", ".join(f"{how} {count}" for how, count in noticed.most_common())
     return (
         f"{noticed.total()} of {noticed.total()} changes noticed ({ways}); {unnoticed.total()} more"
-        " to drivers' news, markers' and PNGs' bytes; no crash of verify, status, list, cancel"
+        " to drivers' news and markers' bytes; no crash of verify, status, list, cancel"
     )
 
 

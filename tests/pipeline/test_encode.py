@@ -1,5 +1,8 @@
 """PNG bytes hold class ids and depth codes exactly."""
 
+import struct
+import tracemalloc
+import zlib
 from io import BytesIO
 
 import cv2
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.encode import decode_class_ids, decode_depth, encode_png
+from pipeline.encode import decode_class_ids, decode_depth, encode_png, is_same_png
 
 
 def test_class_ids_round_trip():
@@ -54,3 +57,46 @@ def test_other_readers_see_the_same(shape, dtype):
             assert np.array_equal(np.asarray(image), array)
         seen = cv2.imdecode(np.frombuffer(encode_png(array), np.uint8), cv2.IMREAD_UNCHANGED)
         assert np.array_equal(seen[..., ::-1] if array.ndim == 3 else seen, array)
+
+
+def deflated_anew(png, level=9):
+    """The same picture by another deflate."""
+    pixels = zlib.compress(zlib.decompress(png[41:-16]), level)
+    chunk = b"IDAT" + pixels
+    body = struct.pack(">I", len(pixels)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png[:33] + body + png[-12:]
+
+
+def test_the_same_png_by_another_deflate():
+    png = encode_png(np.arange(600, dtype=np.uint8).reshape(20, 30))
+    other = deflated_anew(png)
+    assert other != png
+    assert is_same_png(png, png)
+    assert is_same_png(other, png)
+
+
+def test_another_png_is_not_the_same():
+    picture = np.arange(600, dtype=np.uint8).reshape(20, 30)
+    png = encode_png(picture)
+    bomb = deflated_anew(png).replace(png[16:24], struct.pack(">II", 30, 21))
+    changed = picture.copy()
+    changed[3, 4] ^= 1
+    others = [encode_png(changed), encode_png(picture.T.copy()), b"", png[:40], png + b"\n", bomb]
+    others += [
+        png[:place] + bytes([png[place] ^ 1]) + png[place + 1 :] for place in range(len(png))
+    ]
+    others += [deflated_anew(encode_png(changed)), deflated_anew(png)[:-13] + png[-13:]]
+    assert not any(is_same_png(other, png) for other in others)
+
+
+def test_a_deflated_bomb_is_not_inflated():
+    png = encode_png(np.zeros((20, 30), np.uint8))
+    pixels = zlib.compress(bytes(200_000_000), 9)
+    chunk = b"IDAT" + pixels
+    body = struct.pack(">I", len(pixels)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    tracemalloc.start()
+    try:
+        assert not is_same_png(png[:33] + body + png[-12:], png)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
