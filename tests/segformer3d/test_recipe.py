@@ -126,7 +126,7 @@ def test_the_recipes_of_the_weights_in_the_box_can_be_read(project_root, monkeyp
     for name in ("CAMVID", "DASHCAM", "SCENES", "START", "TEACHER"):
         monkeypatch.setenv(name, "somewhere")
     paths = sorted((project_root / "configs" / "train").glob("bundled*.yaml"))
-    assert len(paths) == 10
+    assert len(paths) == 11
     for path in paths:
         recipe = load_recipe(path)
         addresses = [item.dataset for item in recipe.data] + list(
