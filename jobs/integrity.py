@@ -33,6 +33,8 @@ from pipeline.errors import (
 from pipeline.layout import (
     JOB_KEY,
     MANIFEST_PREFIX,
+    PNG_CLASS_SUFFIXES,
+    PNG_DEPTH_SUFFIX,
     PNG_PREFIX,
     Generation,
     attempt_of,
@@ -50,7 +52,6 @@ Broken = Callable[[int, str], None]
 _ROW_COLUMNS = ["asset", "frame_index", "status", "error_kind", "error"]
 # Of the success marker, what its generation's records decide.
 _COUNTED = {"num_rows", "num_ok", "quarantined"}
-_PNG_SUFFIXES = {"classes": ("_labelTrainIds.png", "_color.png"), "depth": ("_depth.png",)}
 
 
 def check_job(store: Store, job: JobRecord, fault: Fault) -> None:
@@ -376,9 +377,9 @@ class _Pngs:
         info = _weights_metadata(store.read(job.weights_key))
         self._suffixes: tuple[str, ...] = ()
         if info.get("config", {}).get("num_classes") is not None:
-            self._suffixes += _PNG_SUFFIXES["classes"]
+            self._suffixes += PNG_CLASS_SUFFIXES
         if job.depth_codec is not None:
-            self._suffixes += _PNG_SUFFIXES["depth"]
+            self._suffixes += (PNG_DEPTH_SUFFIX,)
 
     def check(self, spec: ShardSpec, record: CommitRecord, fault: Fault, broken: Broken) -> None:
         """See that a shard's PNGs are there, if it is said that they are."""

@@ -14,6 +14,8 @@ JOB_KEY = "job.json"
 MANIFEST_PREFIX = "manifest/"
 LEASE_PREFIX = "lease/"
 PNG_PREFIX = "png/"
+PNG_CLASS_SUFFIXES = "_labelTrainIds.png", "_color.png"
+PNG_DEPTH_SUFFIX = "_depth.png"
 PROBE_PREFIX = "probe/"
 WEIGHTS_PREFIX = "weights/"
 OWN_PREFIXES = (
@@ -143,12 +145,20 @@ def png_stem(asset: str, frame_index: int, *, is_video: bool) -> str:
     """Key of a frame's PNGs without their suffix.
 
     A video's frames lie in a folder of its name; an image keeps its own name, extension included,
-    so ``a.jpg`` and ``a.png`` do not meet.
+    so ``a.jpg`` and ``a.png`` do not meet; nor does a folder ``a.jpg_depth.png`` meet a picture.
     """
     if asset.startswith("/"):  # as S3 keys may
         asset = f"%2F{asset[1:]}"
-    path = "/".join(_fitting(name) for name in asset.split("/"))
-    return f"{PNG_PREFIX}{path}/{frame_index:06d}" if is_video else f"{PNG_PREFIX}{path}"
+    *folders, name = asset.split("/")
+    if is_video:
+        folders, name = [*folders, name], f"{frame_index:06d}"
+    return f"{PNG_PREFIX}{'/'.join([*map(_folder, folders), _fitting(name)])}"
+
+
+def _folder(name: str) -> str:
+    # A folder called like one of our PNGs could be where that has to go.
+    is_ours = name.endswith((*PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX))
+    return _fitting(f"{name.removesuffix('.png')}%2Epng" if is_ours else name)
 
 
 def _fitting(name: str) -> str:

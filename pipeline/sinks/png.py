@@ -16,7 +16,7 @@ from pipeline.encode import (
     resize_depth_codes,
 )
 from pipeline.errors import StorageError
-from pipeline.layout import png_stem
+from pipeline.layout import PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX, png_stem
 from pipeline.records import UInt8Array, UInt16Array
 from pipeline.sinks.parquet import read_rows
 from pipeline.storage import Store
@@ -75,8 +75,8 @@ def _pictures(row: dict[str, Any]) -> dict[str, UInt8Array | UInt16Array]:
     pictures: dict[str, UInt8Array | UInt16Array] = {}
     if row["class_ids"] is not None:
         class_ids = resize_class_ids(decode_class_ids(row["class_ids"]["bytes"]), size)
-        pictures["_labelTrainIds.png"] = class_ids
-        pictures["_color.png"] = colorize_classes(class_ids)
+        painted = class_ids, colorize_classes(class_ids)
+        pictures.update(zip(PNG_CLASS_SUFFIXES, painted, strict=True))
     if row["depth"] is not None:
-        pictures["_depth.png"] = resize_depth_codes(decode_depth(row["depth"]["bytes"]), size)
+        pictures[PNG_DEPTH_SUFFIX] = resize_depth_codes(decode_depth(row["depth"]["bytes"]), size)
     return pictures

@@ -41,7 +41,8 @@ NAMES = [
     ("e\u0301" * 20).encode() + b".png",
     b"x" * 251 + b".png",
 ]
-FOLDERS = [b"a..", b"a b\n\xe9", b"%2e%2e"]
+# The last two are called like PNGs that a job makes.
+FOLDERS = [b"a..", b"a b\n\xe9", b"%2e%2e", b"a...png_depth.png", b"%00%2e%2e.png_color.png"]
 # Dot files are no part of an archive.
 HIDDEN = [b"...png", b"..\\up.png", b"..hidden/deep.png"]
 

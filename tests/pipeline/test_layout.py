@@ -2,7 +2,14 @@
 
 import pytest
 
-from pipeline.layout import Generation, attempt_of, png_stem, shard_of
+from pipeline.layout import (
+    PNG_CLASS_SUFFIXES,
+    PNG_DEPTH_SUFFIX,
+    Generation,
+    attempt_of,
+    png_stem,
+    shard_of,
+)
 
 ATTEMPT = "0123456789abcdef" * 2
 
@@ -28,6 +35,18 @@ def test_names_read_back():
 def test_png_names_mirror_the_archive():
     assert png_stem("drive/a.mp4", 123, is_video=True) == "png/drive/a.mp4/000123"
     assert png_stem("drive/a.jpg", 0, is_video=False) == "png/drive/a.jpg"
+
+
+@pytest.mark.parametrize("suffix", [*PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX])
+def test_no_folder_lies_where_a_png_has_to_go(suffix):
+    png = f"{png_stem('d/a.png', 0, is_video=False)}{suffix}"
+    assert png == f"png/d/a.png{suffix}"
+    below = png_stem(f"d/a.png{suffix}/b.png", 0, is_video=False)
+    assert below == f"png/d/a.png{suffix.removesuffix('.png')}%2Epng/b.png"
+    frame = f"{png_stem('v.mp4', 7, is_video=True)}{suffix}"
+    assert not png_stem(f"v.mp4/000007{suffix}/b.mp4", 1, is_video=True).startswith(f"{frame}/")
+    # A picture of that name has longer ones.
+    assert png_stem(f"d/a.png{suffix}", 0, is_video=False) == png
 
 
 @pytest.mark.parametrize("name", ["x" * 255 + ".jpg", "ä" * 130, "%0A" * 90])
