@@ -5,14 +5,11 @@ Each check takes ``fault``, which is told one line per thing that is wrong, and 
 
 import hashlib
 import json
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -33,12 +30,8 @@ from pipeline.errors import (
 from pipeline.layout import (
     JOB_KEY,
     MANIFEST_PREFIX,
-    PNG_CLASS_SUFFIXES,
-    PNG_DEPTH_SUFFIX,
-    PNG_PREFIX,
     Generation,
     attempt_of,
-    png_stem,
     shard_of,
 )
 from pipeline.records import CommitRecord, DataFile, ShardSpec, canonical_json
@@ -71,7 +64,6 @@ def check_generation(
     broken: Broken,
     *,
     hidden: frozenset[int],
-    is_finished: bool,
 ) -> None:
     """Check all of a generation but its rows against each other.
 
@@ -84,18 +76,12 @@ def check_generation(
         fault: Takes what is wrong.
         broken: Takes a shard and what is wrong, where doing the shard anew mends it.
         hidden: Shards that a repair has replaced, which nobody reads any more.
-        is_finished: Whether it, or the newest generation, is said to be complete.
     """
     counts = _PlanCounts()
 
-    def plan_and_pngs() -> None:
-        has_pngs = job.identity.get("output.png") is True
-        expected = _Pngs(store, generation, job, is_finished=is_finished) if has_pngs else None
+    def check_plan() -> None:
         for spec in _planned(store, plan):
             counts.add(spec)
-            record = records.get(spec.shard_id)
-            if expected is not None and record is not None and spec.shard_id not in hidden:
-                expected.check(spec, record, fault, broken)
         counts.compare(plan, generation, fault)
 
     with_errors(
@@ -103,7 +89,7 @@ def check_generation(
         lambda: _check_form(generation.plan_key, store.read(generation.plan_key), fault),
         fault,
     )
-    with_errors(generation.plan_key, plan_and_pngs, fault)
+    with_errors(generation.plan_key, check_plan, fault)
     _check_records(store, generation, records, hidden, fault, broken)
     with_errors(
         generation.data_prefix,
@@ -361,54 +347,3 @@ def _check_success(
     for name, digest in fixed_digests(store, generation, plan).items():
         if digests and digests.get(name) != digest:
             fault(f"{name}: other content than when the generation was finished")
-
-
-class _Pngs:
-    """The PNG tree as it is listed, and the markers that say which shards' PNGs are complete."""
-
-    def __init__(
-        self, store: Store, generation: Generation, job: JobRecord, *, is_finished: bool
-    ) -> None:
-        self._marked = {shard_of(item.key) for item in store.list(generation.png_done_prefix)}
-        self._is_finished = is_finished
-        self._present = np.sort(
-            _hashes(item.key for item in store.list(PNG_PREFIX) if item.size_bytes)
-        )
-        info = _weights_metadata(store.read(job.weights_key))
-        self._suffixes: tuple[str, ...] = ()
-        if info.get("config", {}).get("num_classes") is not None:
-            self._suffixes += PNG_CLASS_SUFFIXES
-        if job.depth_codec is not None:
-            self._suffixes += (PNG_DEPTH_SUFFIX,)
-
-    def check(self, spec: ShardSpec, record: CommitRecord, fault: Fault, broken: Broken) -> None:
-        """See that a shard's PNGs are there, if it is said that they are."""
-        if spec.shard_id not in self._marked:
-            if self._is_finished:
-                fault(f"shard {spec.shard_id}: finished without the marker of its PNGs")
-            return
-        bad = {(asset, index) for asset, index, _, _ in record.quarantined}
-        keys = [
-            f"{png_stem(part.asset, index, is_video=bool(part.pts_s))}{suffix}"
-            for part in spec.slices
-            for index in part.frame_index
-            if (part.asset, index) not in bad
-            for suffix in self._suffixes
-        ]
-        wanted = _hashes(keys)
-        places = np.searchsorted(self._present, wanted)
-        is_there = np.append(self._present, np.uint64(0))[places] == wanted
-        missing = np.flatnonzero(~is_there)
-        if missing.size:
-            more = f" and {missing.size - 1} more" if missing.size > 1 else ""
-            message = f"shard {spec.shard_id}: PNGs missing: {keys[missing[0]]}{more}"
-            broken(spec.shard_id, message)
-
-
-def _hashes(keys: Iterable[str]) -> npt.NDArray[np.uint64]:
-    """Eight bytes a key, for there may be tens of millions."""
-    return np.frombuffer(array("Q", map(_hash, keys)), np.uint64)
-
-
-def _hash(key: str) -> int:
-    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))

@@ -3,7 +3,8 @@
 Nothing is deleted but damaged snapshots, which only save time.
 """
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from jobs.claim import reopen_job
@@ -19,19 +20,22 @@ from jobs.generations import (
 )
 from jobs.lease import heartbeats
 from jobs.manifest import drop_damaged_snapshots
-from jobs.progress import say
+from jobs.progress import Progress, say
 from jobs.replan import Replanner
 from jobs.runner import drive
 from jobs.spec import RaySection
 from jobs.verify import Findings, verify_job
+from pipeline.commit import parse_commit
 from pipeline.errors import UserError
 from pipeline.records import ShardSpec
+from pipeline.sinks.png import write_png_tree
 from pipeline.storage import StorageOptions, Store, open_store
 
 
 def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = None) -> Findings:
     """Verify a job, add a generation for the shards that are broken, and verify again.
 
+    PNGs that are missing or show other things are made anew from the data, which stays as it is.
     The broken shards are not read any more, by anybody; what is of another making (a foreign
     object, a plan that was changed) stays a fault, for a person to decide.
 
@@ -52,6 +56,10 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         say(f"Deleted {key}, which was damaged; the records say the same.")
     num_plans = len(read_plans(store))
     findings = verify_job(url, storage)
+    if findings.bad_pngs:
+        _make_pngs(store, findings.bad_pngs)
+        if not findings.broken:
+            return verify_job(url, storage)
     if not findings.broken:
         hint = "; go on with `segformer3d resume`" if findings.undecided else ""
         say(f"No shard is broken{hint}.")
@@ -82,6 +90,21 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         )
     )
     return verify_job(url, storage)
+
+
+def _make_pngs(store: Store, bad: Mapping[str, tuple[int, int]]) -> None:
+    """Write these PNGs anew, each from the shard of the generation that decides it."""
+    by_shard: dict[tuple[int, int], set[str]] = defaultdict(set)
+    for key, shard in bad.items():
+        by_shard[shard].add(key)
+    plans = {generation.number: (generation, plan) for generation, plan in read_plans(store)}
+    with Progress("making PNGs", len(bad)) as progress:
+        for (number, shard_id), keys in sorted(by_shard.items()):
+            generation, plan = plans[number]
+            record = store.read(generation.commit_key(shard_id))
+            for file in parse_commit(record, plan.plan_id, shard_id).files:
+                rows = store.read(f"{generation.prefix}{file.path}")
+                progress.advance(write_png_tree(store, rows, only=keys))
 
 
 def _refuse_company(store: Store) -> None:

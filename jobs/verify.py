@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.generations import hidden_shards, read_part, read_plans
-from jobs.integrity import check_generation, check_job, check_rows
+from jobs.integrity import check_generation, check_job, check_rows, with_errors
 from jobs.manifest import Manifest
 from jobs.plan import Plan, PlanDigest
 from jobs.progress import Progress
@@ -42,6 +42,8 @@ class Findings:
         orphans: Data objects that no record names; harmless, a resume collects them.
         replaced: Shards that a repair replaced; nobody reads them any more.
         broken: ``(generation, shard_id)`` of what a repair has to do anew.
+        bad_pngs: Keys of PNGs that are missing or show other things than the data, with the
+            ``(generation, shard_id)`` that they are made from.
         faults: One line each; the first thousand.
         num_faults: All of them.
     """
@@ -55,6 +57,7 @@ class Findings:
     orphans: list[str] = field(default_factory=list)
     replaced: int = 0
     broken: set[tuple[int, int]] = field(default_factory=set)
+    bad_pngs: dict[str, tuple[int, int]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     num_faults: int = 0
 
@@ -109,7 +112,6 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
     hidden = hidden_shards(plans)
     findings = Findings(url=store.url, replaced=sum(map(len, hidden)))
     is_finished = store.exists(plans[-1][0].success_key)
-    wrong_pngs: dict[str, tuple[int, int]] = {}
     with Progress("verifying", sum(plan.num_frames for _, plan in plans)) as progress:
         for generation, plan in plans:
             checked = _Generation(
@@ -121,12 +123,10 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
                 is_newest=generation == plans[-1][0],
                 is_finished=is_finished or store.exists(generation.success_key),
                 findings=findings,
-                wrong_pngs=wrong_pngs,
             )
             checked.check(progress)
-    for key, shard in sorted(wrong_pngs.items()):
-        findings.broken.add(shard)
-        findings.fault(f"{key}: shows other things than the data of shard {shard[1]}")
+    for key, (_, shard_id) in sorted(findings.bad_pngs.items()):
+        findings.fault(f"{key}: missing, or not what the data of shard {shard_id} shows")
     _check_folders(store, len(plans), findings)
     check_job(store, job, findings.fault)
     return findings
@@ -157,7 +157,6 @@ class _Generation:
     is_newest: bool
     is_finished: bool
     findings: Findings
-    wrong_pngs: dict[str, tuple[int, int]]
     unreadable: set[int] = field(default_factory=set)
 
     def check(self, progress: Progress) -> None:
@@ -200,7 +199,6 @@ class _Generation:
             findings.fault,
             self._break,
             hidden=self.hidden,
-            is_finished=self.is_finished,
         )
 
     def _break(self, shard_id: int, message: str) -> None:
@@ -257,15 +255,21 @@ class _Generation:
 
     def _with_pngs(self) -> set[int | None]:
         """Shards whose PNGs are said to be complete."""
-        if self.job.identity.get("output.png") is not True:
+        if not self._wants_pngs:
             return set()
         return {shard_of(item.key) for item in self.store.list(self.generation.png_done_prefix)}
+
+    @property
+    def _wants_pngs(self) -> bool:
+        return self.job.identity.get("output.png") is True
 
     def _check_shard(self, spec: ShardSpec, record: CommitRecord, *, has_pngs: bool) -> None:
         planned = [
             frame_id(part.asset, index) for part in spec.slices for index in part.frame_index
         ]
         self.findings.num_frames += len(planned)
+        if self._wants_pngs and self.is_finished and not has_pngs:
+            self.findings.fault(f"shard {spec.shard_id}: finished without the marker of its PNGs")
         held: list[str] = []
         num_ok = 0
         for file in record.files:
@@ -284,7 +288,11 @@ class _Generation:
                 return
             check_rows(key, data, record, functools.partial(self._break, spec.shard_id))
             if has_pngs:
-                self._compare_pngs(spec.shard_id, data)
+                with_errors(
+                    f"PNGs of shard {spec.shard_id}",
+                    functools.partial(self._compare_pngs, spec.shard_id, data),
+                    self.findings.fault,
+                )
             held += [name for name, _ in rows]
             num_ok += sum(status == "ok" for _, status in rows)
         self.findings.num_rows += len(held)
@@ -297,9 +305,9 @@ class _Generation:
         for key, is_right in compare_png_tree(self.store, data):
             if is_right:
                 # What an older generation said of the same frame does not count any more.
-                self.wrong_pngs.pop(key, None)
+                self.findings.bad_pngs.pop(key, None)
             else:
-                self.wrong_pngs[key] = self.generation.number, shard_id
+                self.findings.bad_pngs[key] = self.generation.number, shard_id
 
     def _compare(self, shard_id: int, planned: list[str], held: list[str]) -> None:
         wanted, found = Counter(planned), Counter(held)

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 # How long a stage trusts its last look at the cancel marker.
 _DRAIN_CHECK_S = 1.0
 # What libraries below torch report of a failed device is no AcceleratorError.
-_DEVICE_FAULTS = ("CUDA error", "cuDNN error", "CUDA driver error")
+_DEVICE_FAULTS = ("CUDA error", "cuDNN error", "CUDA driver error", "Triton Error [CUDA]")
+_NO_FAULT = "Triton Error [CUDA]: out of memory"
 _EXACT_IN_FLOAT32 = 2**24  # OpenCV counts in float32, ten times as fast as NumPy
 
 
@@ -259,7 +260,9 @@ def is_device_lost(error: BaseException) -> bool:
 
     if isinstance(error, AcceleratorError):
         return True
-    return isinstance(error, RuntimeError) and str(error).startswith(_DEVICE_FAULTS)
+    said = str(error)
+    is_fault = said.startswith(_DEVICE_FAULTS) and not said.startswith(_NO_FAULT)
+    return isinstance(error, RuntimeError) and is_fault
 
 
 class PublishShard:

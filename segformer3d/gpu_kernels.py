@@ -81,9 +81,12 @@ def depthwise_gelu(x_bhwc: Tensor, weight_9c: Tensor, bias_c: Tensor) -> Tensor:
 
 @triton.jit
 def _corners(place, size, low_size):
-    """The two neighbours of a place on a smaller grid, and the share of the second."""
-    at = (place.to(tl.float32) + 0.5) * (low_size.to(tl.float32) / size.to(tl.float32)) - 0.5
-    at = tl.minimum(tl.maximum(at, 0.0), (low_size - 1).to(tl.float32))
+    """The two neighbours of a place on a smaller grid, and the share of the second.
+
+    A side of 1 comes as a constant, which has no type to convert.
+    """
+    at = (place + 0.5) * (low_size / size) - 0.5
+    at = tl.minimum(tl.maximum(at, 0.0), low_size - 1.0)
     first = at.to(tl.int32)
     return first, tl.minimum(first + 1, low_size - 1), at - first.to(tl.float32)
 

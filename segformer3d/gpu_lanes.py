@@ -38,38 +38,45 @@ class Lanes:
     Not for several threads at once.
     """
 
-    def __init__(self, annotate: Annotate, device: torch.device) -> None:
-        """Take what is to be recorded.
-
-        Args:
-            annotate: Pixels, uint8 (B, H, W, 3) on the device, and the class ids' size, to what
-                is wanted of them, B first; must not wait for the device.
-            device: A CUDA device.
-        """
-        self._annotate = annotate
+    def __init__(self, device: torch.device) -> None:
+        """Take a CUDA device."""
         self._device = device
         self._lanes: OrderedDict[Key, list[_Lane]] = OrderedDict()
         self._calls: Counter[Key] = Counter()
         self._may_record = True
 
-    def clear(self) -> None:
-        """Give all memory back."""
+    def clear(self) -> bool:
+        """Give all memory back; return whether graphs held any."""
+        held = bool(self._lanes)
         torch.cuda.synchronize(self._device)
         self._lanes.clear()
-        torch.cuda.empty_cache()
+        if self._may_record:
+            # After a recording that failed, the allocator would refuse.
+            torch.cuda.empty_cache()
+        return held
 
-    def run(self, frames: Frames, width: int, size: tuple[int, int]) -> Iterator[Said]:
-        """Annotate frames, so many at a time as a lane is wide; class ids at `size`.
+    def run(
+        self, annotate: Annotate, frames: Frames, width: int, size: tuple[int, int]
+    ) -> Iterator[Said]:
+        """Annotate frames, so many at a time as a lane is wide.
+
+        Args:
+            annotate: Pixels, uint8 (B, H, W, 3) on the device, and the class ids' size, to what
+                is wanted of them, B first; must not wait for the device. The same in every call.
+            frames: uint8 (N, H, W, 3).
+            width: Frames at a time.
+            size: Height and width of the class ids.
 
         Raises:
             torch.OutOfMemoryError: That many frames do not fit into memory.
         """
         chunks = [frames[start : start + width] for start in range(0, len(frames), width)]
         # Less than half a lane's width is faster alone.
-        lanes = self._lanes_for(frames.shape[1:], width, size) if 2 * len(frames) >= width else []
+        key = width, frames.shape[1:], size
+        lanes = self._lanes_for(annotate, key) if 2 * len(frames) >= width else ()
         if not lanes:
             for chunk in chunks:
-                yield self._run_without(chunk, size)
+                yield self._run_without(annotate, chunk, size)
             return
         started: deque[tuple[_Lane, int]] = deque()
         for turn, chunk in enumerate(chunks):
@@ -82,17 +89,14 @@ class Lanes:
         for lane, count in started:
             yield lane.finish(count)
 
-    def _run_without(self, frames: Frames, size: tuple[int, int]) -> Said:
+    def _run_without(self, annotate: Annotate, frames: Frames, size: tuple[int, int]) -> Said:
         staging = torch.empty(frames.shape, dtype=torch.uint8)
         staging.numpy()[...] = frames
-        outs = self._annotate(staging.to(self._device), size)
+        outs = annotate(staging.to(self._device), size)
         return [None if out is None else out.cpu().numpy() for out in outs]
 
-    def _lanes_for(
-        self, shape: tuple[int, ...], width: int, size: tuple[int, int]
-    ) -> Sequence[_Lane]:
+    def _lanes_for(self, annotate: Annotate, key: Key) -> Sequence[_Lane]:
         """The lanes of a shape, none while recording them would not pay."""
-        key = (width, shape, size)
         if key in self._lanes:
             self._lanes.move_to_end(key)
             return self._lanes[key]
@@ -104,16 +108,20 @@ class Lanes:
             return ()
         if is_full:
             self._calls[self._lanes.popitem(last=False)[0]] = 0
-        self._lanes[key] = self._record(key)
-        return self._lanes[key]
+        lanes = self._record(annotate, key)
+        if lanes:
+            self._lanes[key] = lanes
+        return lanes
 
-    def _record(self, key: Key) -> list[_Lane]:
+    def _record(self, annotate: Annotate, key: Key) -> list[_Lane]:
         width, shape, size = key
         try:
-            return [
-                _Lane((width, *shape), lambda pixels: self._annotate(pixels, size), self._device)
-                for _ in range(LANES)
-            ]
+            # A recording that fails may not give the stream back.
+            with torch.cuda.stream(torch.cuda.current_stream(self._device)):
+                return [
+                    _Lane((width, *shape), lambda pixels: annotate(pixels, size), self._device)
+                    for _ in range(LANES)
+                ]
         except RuntimeError as error:
             # Raises if the device is lost; if it is not, the same goes without a recording.
             torch.cuda.synchronize(self._device)

@@ -117,8 +117,9 @@ class Predictor:
         self._short_side_px = info.short_side_px if metric else None
         self._lanes: Lanes | None = None
         if self.device.type == "cuda":
-            self._on_gpu = _gpu_network(model, folded) or self._network
-            self._lanes = Lanes(self._annotate_on_gpu, self.device)
+            fused = _gpu_network(model, folded)
+            if fused is not None:
+                self._fused, self._lanes = fused, Lanes(self.device)
 
     def predict(
         self, frames: NDArray[np.uint8], *, class_ids_size: tuple[int, int] | None = None
@@ -171,23 +172,30 @@ class Predictor:
     def _predict_while_it_fits(
         self, frames: NDArray[np.uint8], size: tuple[int, int]
     ) -> Iterator[Predictions]:
-        """Annotate micro-batches; where memory runs out, halve the micro-batch and end."""
+        """Annotate micro-batches; where memory runs out, make room or smaller ones, and end."""
         micro_batch = min(self.micro_batch, len(frames))
         try:
             yield from self._predict_micro_batches(frames, size)
-        except torch.OutOfMemoryError:
-            if micro_batch == 1:
-                raise
-            self.micro_batch = micro_batch // 2
-            if self._lanes is not None:
-                self._lanes.clear()
+            return
+        except torch.OutOfMemoryError as error:
+            # What its traceback holds, nobody could free.
+            shortage = error.with_traceback(None)
+        if self._lanes is not None and self._lanes.clear():
+            return
+        if micro_batch == 1:
+            raise shortage
+        self.micro_batch = micro_batch // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _predict_micro_batches(
         self, frames: NDArray[np.uint8], size: tuple[int, int]
     ) -> Iterator[Predictions]:
         if self._lanes is not None and not self._network.is_watched():
-            for said in self._lanes.run(frames, self.micro_batch, size):
-                yield _predictions(said)
+            # Triton launches on the current device, wherever its tensors are.
+            with torch.cuda.device(self.device):
+                lanes = self._lanes.run(self._annotate_on_gpu, frames, self.micro_batch, size)
+                yield from map(_predictions, lanes)
             return
         for start in range(0, len(frames), self.micro_batch):
             yield self._predict(frames[start : start + self.micro_batch], size)
@@ -202,7 +210,7 @@ class Predictor:
     def _annotate_on_gpu(
         self, pixels_bhwc: Tensor, size: tuple[int, int]
     ) -> Sequence[Tensor | None]:
-        outputs = self._on_gpu(self._input.from_pixels(pixels_bhwc), size)
+        outputs = self._fused(self._input.from_pixels(pixels_bhwc), size)
         return self._codes(outputs, min(pixels_bhwc.shape[1:3]))
 
     def _codes(self, outputs: Outputs, short_side_px: int) -> Sequence[Tensor | None]:
@@ -257,8 +265,8 @@ def _gpu_network(
         return None
     try:
         network = GpuNetwork(model, heads)
-        with torch.inference_mode():
-            device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        with torch.inference_mode(), torch.cuda.device(device):
             network(torch.zeros(1, 3, SIDE_MULTIPLE, SIDE_MULTIPLE, device=device), (1, 1))
             torch.cuda.synchronize(device)
     except torch.AcceleratorError:

@@ -3,7 +3,7 @@
 It is made after the commit, from the winning Parquet object, so that writing it again is harmless.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.encode import (
     resize_class_ids,
     resize_depth_codes,
 )
-from pipeline.errors import StorageError
+from pipeline.errors import ObjectNotFoundError, StorageError
 from pipeline.layout import PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX, png_stem
 from pipeline.records import UInt8Array, UInt16Array
 from pipeline.sinks.parquet import read_rows
@@ -26,20 +26,22 @@ _COMPARED_AT_A_TIME = 48
 _COLUMNS = ["asset", "frame_index", "pts_s", "width", "height", "status", "class_ids", "depth"]
 
 
-def write_png_tree(store: Store, data: bytes) -> int:
+def write_png_tree(store: Store, data: bytes, *, only: Container[str] | None = None) -> int:
     """Write the PNGs of every good row of a shard.
 
     Args:
         store: The job's store.
         data: Bytes of the shard's winning Parquet object.
+        only: Keys to write; all unless told.
 
     Returns:
         How many PNGs were written.
     """
     written = 0
     for key, png in _pngs(data):
-        store.put(key, png)
-        written += 1
+        if only is None or key in only:
+            store.put(key, png)
+            written += 1
     return written
 
 
@@ -51,12 +53,19 @@ def compare_png_tree(store: Store, data: bytes) -> Iterator[tuple[str, bool]]:
         data: Bytes of the shard's winning Parquet object.
 
     Yields:
-        The key of every PNG that can be read, and whether it is what it should be.
+        The key of every PNG, and whether it is there and what it should be.
+
+    Raises:
+        StorageError: One cannot be read.
     """
     made = _pngs(data)
     while expected := dict(islice(made, _COMPARED_AT_A_TIME)):
         for key, found in store.read_many(expected):
-            if not isinstance(found, StorageError):
+            if isinstance(found, ObjectNotFoundError):
+                yield key, False
+            elif isinstance(found, StorageError):
+                raise found
+            else:
                 yield key, is_same_png(found, expected[key])
 
 

@@ -385,17 +385,23 @@ def lose_pngs(store):
     store.delete(keys)
 
 
-def test_pngs_that_show_other_things_than_the_data_are_made_anew(call, job):
+def test_pngs_that_show_other_things_than_the_data_are_made_anew(call, job, archive):
     keys = ["png/0.jpg_depth.png", "png/3.jpg_color.png"]
     wanted = [job.read(key) for key in keys]
     job.put(keys[0], job.read("png/1.jpg_depth.png"))
     job.put(keys[1], wanted[1][:100])
+    job.delete(["png/4.jpg_labelTrainIds.png"])
+    # Nothing but their data is needed for it.
+    (archive / "0.jpg").unlink()
     code, said = call("verify", job.url, "--json")
-    assert (code, said["sound"], len(said["faults"])) == (1, False, 2)
-    assert all(key in fault for key, fault in zip(keys, said["faults"], strict=True))
+    assert (code, said["sound"], said["broken"], len(said["faults"])) == (1, False, [], 3)
+    assert all(key in said["bad_pngs"] for key in keys)
+    others = {item.key: job.read(item.key) for item in job.list("") if item.key not in keys}
     code, said = call("verify", job.url, "--repair", "--json")
-    assert (code, said["complete"]) == (0, True)
+    assert (code, said["complete"], said["replaced"]) == (0, True, 0)
     assert [job.read(key) for key in keys] == wanted
+    assert all(job.read(key) == data for key, data in others.items())
+    assert job.exists("png/4.jpg_labelTrainIds.png")
 
 
 def test_pngs_follow_the_newest_generation(call, job, archive):
@@ -405,8 +411,10 @@ def test_pngs_follow_the_newest_generation(call, job, archive):
     assert verify_job(job.url, StorageOptions()).is_complete
     job.put("png/text.png_depth.png", job.read("png/1.jpg_depth.png"))
     code, said = call("verify", job.url, "--json")
-    assert (code, said["broken"]) == (1, [[1, 1]])
-    assert said["faults"] == ["png/text.png_depth.png: shows other things than the data of shard 1"]
+    assert (code, said["bad_pngs"]) == (1, {"png/text.png_depth.png": [1, 1]})
+    assert said["faults"] == [
+        "png/text.png_depth.png: missing, or not what the data of shard 1 shows"
+    ]
 
 
 def test_a_retry_leaves_no_pngs_behind(call, job):

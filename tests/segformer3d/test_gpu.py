@@ -6,6 +6,7 @@ What only a GPU can show is in test_predictor.py, marked `gpu`.
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 from segformer3d import gpu_lanes
+from segformer3d.config import METRIC_DEPTH, ModelConfig, WeightsInfo
 from segformer3d.gpu_lanes import CALLS_TO_REPLACE, SHAPES_MAX, Lanes
+from segformer3d.model import build_model
+from segformer3d.predictor import Predictor
 
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
@@ -56,6 +60,14 @@ heads, ids, convolution = (
 )
 compiled(convolution, PIXELS=gpu_kernels._PIXELS, CHANNELS=gpu_kernels._CHANNELS)
 compiled(ids, ROW=gpu_kernels._ROW)
+# Triton takes what is 1 for a constant, such as the sides of a small frame's last map.
+compiled(ids, ROW=gpu_kernels._ROW, height=1, width=1)
+compiled(ids, ROW=gpu_kernels._ROW, grid_h=1, grid_w=1, classes=1)
+compiled(
+    heads, CHANNELS=16, TILE=gpu_kernels._TILE, HIDDEN=gpu_kernels._HIDDEN, OUTPUTS=32,
+    h3=1, w3=1, outputs=1, classes=1,
+)
+compiled(convolution, PIXELS=gpu_kernels._PIXELS, CHANNELS=gpu_kernels._CHANNELS, height=1, width=1)
 ptx = compiled(
     heads, CHANNELS=32, TILE=gpu_kernels._TILE, HIDDEN=gpu_kernels._HIDDEN, OUTPUTS=32
 )
@@ -101,7 +113,13 @@ def lanes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(LaneOnCpu, "made", [])
-    return Lanes(lambda pixels, size: (pixels.clone(), None), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    return Lanes(torch.device("cpu"))
+
+
+def annotate(pixels, size):
+    return pixels.clone(), None
 
 
 def frames_of(count, side=32):
@@ -110,7 +128,7 @@ def frames_of(count, side=32):
 
 
 def run(lanes, frames, width=4):
-    parts = list(lanes.run(frames, width, (32, 32)))
+    parts = list(lanes.run(annotate, frames, width, (32, 32)))
     assert all(part[1] is None for part in parts)
     np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), frames)
     return [len(part[0]) for part in parts]
@@ -148,3 +166,32 @@ def test_what_cannot_be_recorded_runs_without(lanes, monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "the GPU runs without recorded graphs: injected"
     ]
+
+
+class FullOfGraphs:
+    """Lanes whose graphs leave no room, until they are cleared; a stand-in for a full GPU."""
+
+    def __init__(self):
+        self.is_full, self.widths = True, []
+
+    def clear(self):
+        was_full, self.is_full = self.is_full, False
+        return was_full
+
+    def run(self, annotate, frames, width, size):
+        self.widths.append(width)
+        if self.is_full:
+            raise torch.OutOfMemoryError("injected")
+        yield from ([np.zeros((len(frames), 1)), None, None, None, np.ones(len(frames), bool)],)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_graphs_give_way_before_frames_do(monkeypatch, micro_batch):
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    config = ModelConfig(variant="mit:8,16,40,64:1,1,1,1", head_width=16)
+    info = WeightsInfo(config=config, depth_codec=METRIC_DEPTH, training_data="tests")
+    predictor = Predictor(build_model(config), info, micro_batch=micro_batch)
+    predictor._lanes = FullOfGraphs()
+    assert len(predictor.predict(frames_of(1)).finite) == 1
+    assert predictor._lanes.widths == [micro_batch] * 2
+    assert predictor.micro_batch == micro_batch

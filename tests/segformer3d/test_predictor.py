@@ -288,6 +288,7 @@ def test_gpu_agrees_with_cpu(size, caplog):
     frames = frames_of(30)
     expected = Predictor(model, info, device="cpu").predict(frames, class_ids_size=size)
     predictor = Predictor(model, info, device="cuda")
+    assert predictor._lanes is not None
     # The first time without recorded graphs, then with them; not in whole micro-batches.
     for count in (30, 30, 30, 5, 2, 1):
         actual = predictor.predict(frames[:count], class_ids_size=size)
