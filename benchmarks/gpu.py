@@ -30,6 +30,8 @@ from benchmarks.model import (
     make_frames,
     parse_size,
     random_model,
+    time_rounds,
+    transformers_network,
 )
 from benchmarks.origin_eager import OriginEager, origin_network
 from segformer3d.config import ModelConfig, mit_size
@@ -132,28 +134,16 @@ def measure(
     for contestant in contestants:
         contestant.annotate(frames)
         contestant.annotate(frames)
+    with tqdm(disable=True) as progress:
+        times_ms = time_rounds(contestants, [frames], given.rounds, progress)
     return Result(
         variant=variant,
         size=size,
-        frames_per_s=frames_per_s(contestants, frames, given.rounds),
+        frames_per_s={name: 1000 / statistics.median(ms) for name, ms in times_ms.items()},
         class_ids_equal=equal,
         floor_operations=rates[0] / operations,
         floor_traffic=rates[1] / moved,
     )
-
-
-def frames_per_s(
-    contestants: Sequence[Contestant], frames: Frames, rounds: int
-) -> dict[str, float]:
-    """Time every contestant once a round; each gives back what is in the host's memory."""
-    rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    for turn in range(rounds):
-        first = turn % len(contestants)
-        for contestant in (*contestants[first:], *contestants[:first]):
-            started = time.perf_counter()
-            contestant.annotate(frames)
-            rates[contestant.name].append(len(frames) / (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def _ours(predictor: Predictor, frames: Frames) -> NDArray[Any]:
@@ -173,20 +163,7 @@ def _origin(
 
 def _transformers(info: WeightsInfo, device: torch.device, chunk: int = 8) -> Contestant:
     """Its network with one head and random weights, compiled; class ids at full size."""
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-    size = mit_size(info.config.variant)
-    network = SegformerForSemanticSegmentation(
-        SegformerConfig(
-            num_labels=info.config.num_classes,
-            hidden_sizes=list(size.embed_dims),
-            depths=list(size.depths),
-            num_attention_heads=list(size.num_heads),
-            sr_ratios=list(size.sr_ratios),
-            decoder_hidden_size=info.config.head_width,
-        )
-    )
-    network = network.eval().to(device, torch.bfloat16)
+    network = transformers_network(info.config).to(device, torch.bfloat16)
     mean, std = (
         torch.tensor(values, device=device).view(3, 1, 1) * 255
         for values in (info.preprocessing.mean, info.preprocessing.std)

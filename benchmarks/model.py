@@ -332,23 +332,9 @@ def make_peers(
 
 def _transformers(config: ModelConfig) -> Contestant:
     """Its network with one head and random weights, its own processor before and after."""
-    from transformers import (
-        SegformerConfig,
-        SegformerForSemanticSegmentation,
-        SegformerImageProcessor,
-    )
+    from transformers import SegformerImageProcessor
 
-    size = mit_size(config.variant)
-    network = SegformerForSemanticSegmentation(
-        SegformerConfig(
-            num_labels=config.num_classes,
-            hidden_sizes=list(size.embed_dims),
-            depths=list(size.depths),
-            num_attention_heads=list(size.num_heads),
-            sr_ratios=list(size.sr_ratios),
-            decoder_hidden_size=config.head_width,
-        )
-    ).eval()
+    network = transformers_network(config)
     processor = SegformerImageProcessor(do_resize=False)
 
     @torch.inference_mode()
@@ -359,6 +345,23 @@ def _transformers(config: ModelConfig) -> Contestant:
         return np.stack([class_ids.numpy() for class_ids in maps])
 
     return Contestant("transformers, one head", annotate, same_weights=False)
+
+
+def transformers_network(config: ModelConfig) -> Any:
+    """Its network of that size with one head and random weights, in eval mode."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    size = mit_size(config.variant)
+    return SegformerForSemanticSegmentation(
+        SegformerConfig(
+            num_labels=config.num_classes,
+            hidden_sizes=list(size.embed_dims),
+            depths=list(size.depths),
+            num_attention_heads=list(size.num_heads),
+            sr_ratios=list(size.sr_ratios),
+            decoder_hidden_size=config.head_width,
+        )
+    ).eval()
 
 
 def _onnxruntime(origin: OriginEager, frames: Frames, threads: int) -> Contestant:

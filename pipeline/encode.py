@@ -70,6 +70,7 @@ def is_same_png(found: bytes, expected: bytes) -> bool:
     inflater = isal_zlib.decompressobj()
     try:
         held = inflater.decompress(pixels, len(wanted) + 1)
+    # Its stubs do not say that it is an exception.
     except igzip_lib.IsalError:  # type: ignore[misc]
         return False
     return held == wanted and inflater.eof and not inflater.unused_data

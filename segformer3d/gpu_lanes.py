@@ -90,9 +90,7 @@ class Lanes:
             yield lane.finish(count)
 
     def _run_without(self, annotate: Annotate, frames: Frames, size: tuple[int, int]) -> Said:
-        staging = torch.empty(frames.shape, dtype=torch.uint8)
-        staging.numpy()[...] = frames
-        outs = annotate(staging.to(self._device), size)
+        outs = annotate(upload(frames, self._device), size)
         return [None if out is None else out.cpu().numpy() for out in outs]
 
     def _lanes_for(self, annotate: Annotate, key: Key) -> Sequence[_Lane]:
@@ -130,6 +128,13 @@ class Lanes:
             return []
 
 
+def upload(frames: Frames, device: torch.device) -> Tensor:
+    """Copy frames, which may be read-only, to a device."""
+    staging = torch.empty(frames.shape, dtype=torch.uint8)
+    staging.numpy()[...] = frames
+    return staging.to(device)
+
+
 class _Lane:
     """One stream, its buffers and its graph."""
 
@@ -139,6 +144,7 @@ class _Lane:
         annotate: Callable[[Tensor], Sequence[Tensor | None]],
         device: torch.device,
     ) -> None:
+        # torch leaves streams and events untyped.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)

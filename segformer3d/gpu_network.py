@@ -134,5 +134,6 @@ def _bfloat16_encoder(encoder: MixTransformer) -> MixTransformer:
             # Before the convolution's weights lose bits, which its kernel takes in float32.
             module.ffn = _FusedMixFFN(cast("MixFFN", module.ffn))
         if isinstance(module, nn.Conv2d):
+            # No stub of `Module.to` knows the keyword.
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied.to(DTYPE)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from segformer3d.class_ids import resolve_class_ids
 from segformer3d.encoder import MixTransformer
+from segformer3d.gpu_lanes import upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,9 +96,7 @@ class Input:
         """Normalise uint8 RGB (B, H, W, 3): float32 (B, 3, H, W) on the device, channels last."""
         if self._device.type == "cpu":
             return self._compiled(frames)
-        pixels_bhwc = torch.empty(frames.shape, dtype=torch.uint8)
-        pixels_bhwc.numpy()[...] = frames
-        return self.from_pixels(pixels_bhwc.to(self._device))
+        return self.from_pixels(upload(frames, self._device))
 
     def from_pixels(self, pixels_bhwc: Tensor) -> Tensor:
         """Normalise uint8 RGB (B, H, W, 3) that lies on the device already."""

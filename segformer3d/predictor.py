@@ -185,7 +185,7 @@ class Predictor:
         if micro_batch == 1:
             raise shortage
         self.micro_batch = micro_batch // 2
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self._lanes is None:
             torch.cuda.empty_cache()
 
     def _predict_micro_batches(

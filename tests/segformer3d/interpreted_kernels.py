@@ -12,13 +12,11 @@ from torch.nn import functional
 
 from segformer3d import gpu_kernels as kernels
 from segformer3d import gpu_network
-from segformer3d.config import ModelConfig
 from segformer3d.heads import FoldedHeads
 from segformer3d.layers import resize_bilinear
-from segformer3d.model import build_model
 from segformer3d.network import Network
+from tests.segformer3d.random_models import CONFIG, varied_model
 
-CONFIG = ModelConfig(variant="mit:8,16,40,64:1,1,1,1", head_width=16)
 SIZE = (32, 32)
 
 # What is not finite makes numpy warn, which the interpreter computes with.
@@ -103,11 +101,7 @@ def test_class_ids_are_the_largest_of_the_resized_logits(size):
 
 
 def model_of(config):
-    torch.manual_seed(0)
-    model = build_model(config).eval()
-    for value in model.parameters():
-        if value.ndim > 1:
-            torch.nn.init.normal_(value, std=1.5 / value[0].numel() ** 0.5)
+    model = varied_model(config)
     heads = [head for head in (model.segmentation_head, model.depth_head) if head is not None]
     return model, FoldedHeads(heads)
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from segformer3d import gpu_lanes
-from segformer3d.config import METRIC_DEPTH, ModelConfig, WeightsInfo
+from segformer3d.config import METRIC_DEPTH, WeightsInfo
 from segformer3d.gpu_lanes import CALLS_TO_REPLACE, SHAPES_MAX, Lanes
-from segformer3d.model import build_model
 from segformer3d.predictor import Predictor
+from tests.segformer3d.random_models import CONFIG, varied_model
 
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
@@ -188,9 +188,8 @@ class FullOfGraphs:
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_graphs_give_way_before_frames_do(monkeypatch, micro_batch):
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    config = ModelConfig(variant="mit:8,16,40,64:1,1,1,1", head_width=16)
-    info = WeightsInfo(config=config, depth_codec=METRIC_DEPTH, training_data="tests")
-    predictor = Predictor(build_model(config), info, micro_batch=micro_batch)
+    info = WeightsInfo(config=CONFIG, depth_codec=METRIC_DEPTH, training_data="tests")
+    predictor = Predictor(varied_model(), info, micro_batch=micro_batch)
     predictor._lanes = FullOfGraphs()
     assert len(predictor.predict(frames_of(1)).finite) == 1
     assert predictor._lanes.widths == [micro_batch] * 2

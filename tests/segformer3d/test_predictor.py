@@ -16,24 +16,17 @@ from segformer3d.config import (
     Preprocessing,
     WeightsInfo,
 )
-from segformer3d.model import build_model
 from segformer3d.predictor import Predictor
 from tests.predictions import (
     assert_same_class_ids,
     assert_same_depth_codes,
     assert_same_predictions,
 )
-
-CONFIG = ModelConfig(variant="mit:8,16,40,64:1,1,1,1", head_width=16)
+from tests.segformer3d.random_models import CONFIG, varied_model
 
 
 def model_and_info(config=CONFIG, **info_fields):
-    """Build a random model whose predictions vary over a picture."""
-    torch.manual_seed(0)
-    model = build_model(config).eval()
-    for value in model.parameters():
-        if value.ndim > 1:
-            torch.nn.init.normal_(value, std=1.5 / value[0].numel() ** 0.5)
+    model = varied_model(config)
     info_fields = {"depth_codec": METRIC_DEPTH if config.has_depth else None} | info_fields
     return model, WeightsInfo(config=config, training_data="tests", **info_fields)
 
