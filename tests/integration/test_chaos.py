@@ -1,7 +1,4 @@
-"""A three-node Ray cluster that is broken in one way or another while a job runs on it.
-
-`CHAOS_ROUNDS` says how many rounds each kind of fault gets (3 unless told).
-"""
+"""A three-node Ray cluster that is broken in one way or another while a job runs on it."""
 
 import contextlib
 import os
@@ -19,6 +16,7 @@ import psutil
 import pytest
 
 from pipeline.layout import shard_of
+from tests.budget import Share
 from tests.integration.cluster import LoopbackCluster, RayNode, running_cluster, send
 from tests.integration.jobs_under_test import (
     Driver,
@@ -30,7 +28,9 @@ from tests.integration.jobs_under_test import (
 )
 from tests.integration.traced_cli import TRACE_FOLDER, Event, read_trace, trace_path
 
-ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "3"))
+NUM_ROUNDS = 50
+# Of each kind of fault.
+SHARE = Share(6)
 SEED = 20261127
 NUM_NODES = 3
 NODE = {"num_cpus": 1}
@@ -57,7 +57,7 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(600 + ROUNDS * (START_S + 2 * END_S)),
+    pytest.mark.timeout(SHARE.timeout_s),
 ]
 
 
@@ -259,7 +259,7 @@ def test_a_broken_cluster_loses_nothing_and_does_little_twice(
     kind: str, field_of_battle: Field, undisturbed: list[Row], tmp_path: Path
 ) -> None:
     rounds = []
-    for number in range(ROUNDS):
+    for number in SHARE.rounds(NUM_ROUNDS):
         rng = random.Random(f"{SEED} {kind} {number}")
         on_s3 = number % 2 == 1
         url = f"s3://out/{uuid4().hex}" if on_s3 else str(tmp_path / f"job-{number}")
@@ -442,8 +442,9 @@ def proof(kind: str, rounds: list[Round]) -> str:
     in_flight = [len(item.in_flight) for item in rounds]
     extra = [item.num_extra for item in rounds]
     return (
-        f"PROOF chaos {kind}: {len(rounds)} rounds on {NUM_NODES} nodes, from the fault to the end "
-        f"median {statistics.median(seconds):.0f} s, longest {max(seconds):.0f} s; "
+        f"PROOF chaos {kind}: {len(rounds)} of {NUM_ROUNDS} rounds on {NUM_NODES} nodes, "
+        f"from the fault to the end median {statistics.median(seconds):.0f} s, "
+        f"longest {max(seconds):.0f} s; "
         f"{sum(item.code == 0 for item in rounds)} ran on, "
         f"{sum(item.code != 0 for item in rounds)} stopped and were resumed; "
         f"in flight {min(in_flight)} to {max(in_flight)} shards a round, computed again "

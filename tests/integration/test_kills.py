@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 
 from pipeline.sinks.parquet import frame_id
+from tests.budget import Share
 from tests.integration.jobs_under_test import (
     END_S,
     GENERATION,
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.ray
 
 EXIT_QUARANTINED = 3
 SEED = 20261122
+SHARE = Share(7)
 
 Phase = Literal["starting", "planning", "connecting", "annotating", "finishing"]
 # Once all shards are decided there is nothing left to annotate, so that comes last.
@@ -142,14 +144,14 @@ def test_three_kills_on_s3(small: Reference, s3_bucket_url: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(SHARE.timeout_s)
 def test_twenty_kills_on_a_folder(large: Reference, tmp_path: Path) -> None:
     url = str(tmp_path / "out")
     survive(large, url, tmp_path / "said", MANY, random.Random(SEED + 2))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(SHARE.timeout_s)
 def test_twenty_kills_on_s3(large: Reference, s3_server: str, tmp_path: Path) -> None:
     url = f"s3://out/{uuid4().hex}"
     survive(large, url, tmp_path / "said", MANY, random.Random(SEED + 3))
@@ -161,7 +163,9 @@ def survive(
     """Kill a job's drivers in these phases, resume it each time, and compare the end."""
     job = job_of(reference.archive, reference.weights, url, said)
     with job.nothing_left():
-        for number, kill in enumerate(plan_kills(phases, rng), 1):
+        kills = plan_kills(phases, rng)
+        for number in SHARE.rounds(len(kills)):
+            kill = kills[number]
             kept = job.commits()
             driver = start_again(job, rng)
             wait_for_moment(job, driver, kill, len(kept), reference.num_shards)
@@ -169,7 +173,7 @@ def survive(
             idle_s = job.wait_until_idle()
             what = "the group" if kill.whole_group else "the driver"
             print(
-                f"kill {number}: {what} while {landed}, {len(kept)} -> {job.num_commits()} of "
+                f"kill {number + 1}: {what} while {landed}, {len(kept)} -> {job.num_commits()} of "
                 f"{reference.num_shards} shards, nobody at work after {idle_s:.1f} s"
             )
             assert_kept(job, kept)
@@ -186,7 +190,7 @@ def survive(
         job.wait_until_gone()
     where = "S3" if url.startswith("s3:") else "a folder"
     print(
-        f"PROOF kills of a driver with Ray, {where}: {len(phases)} kills, "
+        f"PROOF kills of a driver with Ray, {where}: {number + 1} of {len(kills)} kills, "
         f"{len(reference.rows)} rows and {len(reference.pngs)} PNGs as undisturbed"
     )
 

@@ -1,5 +1,6 @@
 """Small jobs whose drivers are killed and started again, and what an undisturbed one makes."""
 
+import random
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Literal
 from jobs.spec import check_spec
 from pipeline.storage import open_store
 from segformer3d.weights import untrained_weights
+from tests.budget import Share
 from tests.integration.jobs_under_test import GENERATION, JobUnderTest, Row
 from tests.jobs import crash_points
 from tests.jobs.crash_points import Orders, Point
@@ -238,19 +240,30 @@ def crash_at_each(
     reference: Reference,
     new_url: Callable[[], str],
     environment: dict[str, str] | None = None,
-) -> list[Point]:
-    """Die at every point of a scenario, each in a job of its own, and resume; the points."""
+    *,
+    share: Share,
+) -> tuple[list[Point], int]:
+    """Die at every point of a scenario, each in a job of its own, and resume.
+
+    Returns:
+        The points that the share was enough for, and how many there are.
+    """
     prepared = reference.job(new_url(), environment)
     scenario.prepare(prepared)
     points = scenario.points(prepared.copy_to(new_url()))
-    for number, point in enumerate(points):
+    # So that those of a share that is too small are not the first ones.
+    random.Random(len(points)).shuffle(points)
+    done = []
+    for number in share.rounds(len(points)):
+        point = points[number]
         job = prepared.copy_to(new_url())
         job.die(scenario.orders(job, point))
         job.finish(by_uri=number % 2 == 0)
         job.assert_as_undisturbed()
         job.assert_little_left([point])
         job.look.store.delete(item.key for item in list(job.look.store.list()))
-    return points
+        done.append(point)
+    return done, len(points)
 
 
 def crash_in_turn(job: KilledJob, scenario: Scenario, points: Sequence[Point]) -> None:

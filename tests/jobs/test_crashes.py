@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 
 import jobs.verify  # noqa: F401 - whose ranges are to be small, too
+from tests.budget import Share
 from tests.jobs import crash_points
 from tests.jobs.crash_jobs import (
     CONTESTED,
@@ -30,7 +31,8 @@ from tests.jobs.crash_points import AFTER, BEFORE, LINKED, UNLINKED, UNRENAMED, 
 from tests.jobs.local_graph import small_ranges
 
 SEED = 20261125
-NUM_KILLS = int(os.environ.get("CHAOS_KILLS", "1000"))
+NUM_KILLS = 1000
+LOCAL_SHARE, S3_SHARE, KILLS_SHARE = Share(4), Share(6), Share(10)
 # In the order in which a job comes to them, and each in reach of a driver that goes on after the
 # one before.
 LABELS = (
@@ -110,53 +112,58 @@ def test_deaths_on_s3(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(LOCAL_SHARE.timeout_s)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_death_at_every_point_on_a_folder(
     reference: Reference, tmp_path: Path, scenario: Scenario
 ) -> None:
-    points = crash_at_each(scenario, reference, lambda: str(tmp_path / uuid4().hex))
-    _say("local", scenario, points)
+    done = crash_at_each(
+        scenario, reference, lambda: str(tmp_path / uuid4().hex), share=LOCAL_SHARE
+    )
+    _say("local", scenario, *done)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(S3_SHARE.timeout_s)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_death_at_every_point_on_s3(
     reference: Reference, s3_environment: dict[str, str], scenario: Scenario
 ) -> None:
-    points = crash_at_each(scenario, reference, lambda: f"s3://out/{uuid4().hex}", s3_environment)
-    _say("S3", scenario, points)
+    done = crash_at_each(
+        scenario, reference, lambda: f"s3://out/{uuid4().hex}", s3_environment, share=S3_SHARE
+    )
+    _say("S3", scenario, *done)
 
 
-def _say(where: str, scenario: Scenario, points: list[Point]) -> None:
+def _say(where: str, scenario: Scenario, points: list[Point], num_points: int) -> None:
     labels = {point.label for point in points}
     steps = {point.step for point in points}
     print(
-        f"PROOF crash points, {where}, {scenario.name} job: {len(points)} points of {len(labels)} "
-        f"labels and {len(steps)} steps; every final set equals the undisturbed run's"
+        f"PROOF crash points, {where}, {scenario.name} job: {len(points)} of {num_points} points, "
+        f"{len(labels)} labels, {len(steps)} steps; every final set equals the undisturbed run's"
     )
 
 
 def test_a_few_random_kills(reference: Reference, tmp_path: Path) -> None:
-    _kill_at_random(reference, tmp_path, num_kills=8, rng=random.Random(SEED))
+    _kill_at_random(reference, tmp_path, 8, random.Random(SEED), KILLS_SHARE)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(KILLS_SHARE.timeout_s)
 def test_random_kills(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     large = make_reference(tmp_path_factory.mktemp("large"), num_frames=16, num_stills=8)
-    _kill_at_random(large, tmp_path, num_kills=NUM_KILLS, rng=random.Random(SEED + 1))
+    _kill_at_random(large, tmp_path, NUM_KILLS, random.Random(SEED + 1), KILLS_SHARE)
 
 
 def _kill_at_random(
-    reference: Reference, folder: Path, *, num_kills: int, rng: random.Random
+    reference: Reference, folder: Path, num_kills: int, rng: random.Random, share: Share
 ) -> None:
     """Kill drivers at random times, as many jobs as it takes, each resumed until it is done."""
     whole_s = _duration_s(reference.job(str(folder / "undisturbed")))
     landed: Counter[str] = Counter()
     num_jobs = 0
-    while landed.total() < num_kills:
+    is_over = share.clock()
+    while landed.total() < num_kills and not is_over():
         job = reference.job(str(folder / f"job-{num_jobs}"))
         num_jobs += 1
         # The longer a job has lived, the less is left of it.
@@ -169,7 +176,10 @@ def _kill_at_random(
         job.finish(by_uri=rng.random() < 0.5)
         job.assert_as_undisturbed()
     shares = ", ".join(f"{count} {phase}" for phase, count in landed.most_common())
-    print(f"PROOF random SIGKILLs of the driver: {landed.total()} over {num_jobs} jobs ({shares})")
+    print(
+        f"PROOF random SIGKILLs of the driver: {landed.total()} of {num_kills} over "
+        f"{num_jobs} jobs ({shares}), every final set right"
+    )
 
 
 def _duration_s(job: KilledJob) -> float:

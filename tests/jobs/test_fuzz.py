@@ -4,7 +4,6 @@ Reproducible by the seed; ``FUZZ_FILES`` says how many files the slow suite take
 """
 
 import gc
-import os
 import tempfile
 import threading
 import time
@@ -33,6 +32,7 @@ from pipeline.records import (
     shards_to_table,
 )
 from pipeline.sinks.parquet import encode_shard, frame_id, read_rows
+from tests.budget import Share, never
 from tests.hostile_media import make_corpus, make_mutant
 from tests.media import encode_image, picture, read_sequentially, write_video
 
@@ -42,6 +42,8 @@ GRACE_S = 5.0
 MEMORY_BYTES = 512 << 20
 SHORT_SIDE = 64
 FILES_PER_ARCHIVE = 200
+NUM_FILES = 10_000
+SHARE = Share(6)
 # What a child maps without owning it: libraries' files, and the shared pixels of one shard.
 SHARED_BYTES = 400 << 20
 GOOD_SIZE = (96, 64)
@@ -247,11 +249,13 @@ def check_outcomes(spec: ShardSpec, decoded: DecodedShard) -> None:
     assert [row["frame_id"] for row in rows] == [frame_id(*item) for item in planned]
 
 
-def fuzz(folder: Path, corpus, watch: Watch, first: int, count: int) -> None:
+def fuzz(folder: Path, corpus, watch: Watch, first: int, count: int, is_over=never) -> None:
     """Mutants ``first`` to ``first + count`` as archives of ``FILES_PER_ARCHIVE``."""
     goods = Goods(folder)
     num_good = 0
     for start in range(first, first + count, FILES_PER_ARCHIVE):
+        if start > first and is_over():
+            break
         archive = folder / f"archive-{start}"
         archive.mkdir()
         how = fill(archive, corpus, goods, start, min(FILES_PER_ARCHIVE, first + count - start))
@@ -277,7 +281,7 @@ def fuzz(folder: Path, corpus, watch: Watch, first: int, count: int) -> None:
     assert num_good >= len(goods.pixels)
 
 
-def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count):
+def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count, is_over=never):
     temporary = folder / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -289,7 +293,8 @@ def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count):
     # Other tests leave servers for the whole session.
     others = {child.pid for child in psutil.Process().children()} - {worker.pid}
     assert psutil.pid_exists(worker.pid)
-    fuzz(folder, corpus, watch, first + FILES_PER_ARCHIVE // 4, count - FILES_PER_ARCHIVE // 4)
+    start = first + FILES_PER_ARCHIVE // 4
+    fuzz(folder, corpus, watch, start, first + count - start, is_over)
     gc.collect()
     assert watch.num_open_files() <= before
     assert num_open_files(worker.pid) < 20
@@ -304,20 +309,18 @@ def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count):
 
 
 @pytest.mark.timeout(300)
-def test_three_hundred_hostile_files(tmp_path, corpus, watch, monkeypatch, capsys):
+def test_three_hundred_hostile_files(tmp_path, corpus, watch, monkeypatch):
     fuzz_and_look_for_leaks(tmp_path, corpus, watch, monkeypatch, 0, 300)
     assert watch.num_files == 300
     assert set(watch.kinds) >= {"ok", "corrupt", "truncated"}
-    with capsys.disabled():
-        print(f"\nPROOF fuzz (fast): {watch.line()}")
+    print(f"PROOF fuzz (fast): {watch.line()}")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_ten_thousand_hostile_files(tmp_path, corpus, watch, monkeypatch, capsys):
-    count = int(os.environ.get("FUZZ_FILES", "10000"))
+@pytest.mark.timeout(SHARE.timeout_s)
+def test_ten_thousand_hostile_files(tmp_path, corpus, watch, monkeypatch):
     started = time.monotonic()
-    fuzz_and_look_for_leaks(tmp_path, corpus, watch, monkeypatch, 1_000_000, count)
-    assert watch.num_files == count
-    with capsys.disabled():
-        print(f"\nPROOF fuzz: {watch.line()}; {time.monotonic() - started:.0f} s")
+    is_over = SHARE.clock()
+    fuzz_and_look_for_leaks(tmp_path, corpus, watch, monkeypatch, 1_000_000, NUM_FILES, is_over)
+    assert watch.num_files == NUM_FILES or is_over()
+    print(f"PROOF fuzz of {NUM_FILES}: {watch.line()}; {time.monotonic() - started:.0f} s")

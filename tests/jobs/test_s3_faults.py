@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.records import Asset, DecodedShard, ShardSpec
 from pipeline.sources.assets import AssetProbe
 from pipeline.storage import StorageOptions, open_store
+from tests.budget import Share
 from tests.fault_proxy import FAULTS, Fault, FaultProxy, run_fault_proxy
 from tests.jobs import crash_points
 from tests.jobs.crash_jobs import (
@@ -32,7 +33,8 @@ from tests.jobs.local_graph import small_ranges
 
 SEED = 20261126
 SHARE = 0.2
-NUM_SEEDS = int(os.environ.get("FAULT_SEEDS", "50"))
+NUM_SEEDS = 50
+MIXED_SHARE = Share(8)
 TRANSIENT = tuple(kind for kind in FAULTS if kind != "expired")
 NUM_ARCHIVE_SEEDS = 4
 # After so many drivers that gave up, somebody mends the network.
@@ -233,18 +235,20 @@ def test_expired_credentials_are_no_fault_of_the_archive(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(MIXED_SHARE.timeout_s)
 def test_faults_of_all_kinds_mixed(reference: Reference, proxy: FaultProxy, s3_server: str) -> None:
     injected: Counter[str] = Counter()
-    num_requests = num_stops = 0
-    for number in range(NUM_SEEDS):
+    num_jobs = num_requests = num_stops = 0
+    for number in MIXED_SHARE.rounds(NUM_SEEDS):
         url, seed = f"s3://out/{uuid4().hex}", SEED + number
         story = run_to_the_end(reference, proxy, url, TRANSIENT, seed, expires=number % 2 == 0)
         injected += story.injected
+        num_jobs += 1
         num_requests += story.num_requests
         num_stops += len(story.stops)
     kinds_said = ", ".join(f"{count} {kind}" for kind, count in injected.most_common())
     print(
-        f"PROOF S3 faults mixed: {NUM_SEEDS} jobs, {injected.total()} of {num_requests} requests "
-        f"failed ({kinds_said}), {num_stops} stops resumed, every final set right"
+        f"PROOF S3 faults mixed: {num_jobs} of {NUM_SEEDS} jobs, {injected.total()} of "
+        f"{num_requests} requests failed ({kinds_said}), {num_stops} stops resumed, "
+        f"every final set right"
     )

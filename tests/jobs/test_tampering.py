@@ -3,7 +3,6 @@
 ``TAMPERINGS`` says how many the slow suite tries.
 """
 
-import os
 from collections import Counter
 from contextlib import suppress
 
@@ -18,9 +17,12 @@ from jobs.verify import verify_job
 from pipeline.errors import Segformer3dError
 from pipeline.layout import LEASE_PREFIX, MANIFEST_PREFIX, PROBE_PREFIX, Generation
 from pipeline.storage import StorageOptions
+from tests.budget import Share
 from tests.jobs.job_parts import make_job
 
 SEED = 5
+NUM_CHANGES = 5000
+SHARE = Share(6)
 GENERATION = Generation()
 # News of drivers, and traces of the store's own test: nothing is decided by them.
 NEWS = (LEASE_PREFIX, PROBE_PREFIX)
@@ -146,10 +148,10 @@ def must_be_noticed(how, key, done):
     return True
 
 
-def tamper_often(job, count):
+def tamper_often(job, rounds):
     rng = np.random.default_rng(SEED)
     noticed, unnoticed = Counter(), Counter()
-    for _ in range(count):
+    for _ in rounds:
         how, key, done = tamper(job, rng)
         look_around(job)
         found = is_noticed(job)
@@ -172,16 +174,17 @@ def line(noticed, unnoticed):
     )
 
 
-def test_a_hundred_tamperings_are_noticed(job, capsys):
-    noticed, unnoticed = tamper_often(job, 120)
+def test_a_hundred_tamperings_are_noticed(job):
+    noticed, unnoticed = tamper_often(job, range(120))
     assert noticed.total() > 50
-    with capsys.disabled():
-        print(f"\nPROOF tampering (fast): {line(noticed, unnoticed)}")
+    print(f"PROOF tampering (fast): {line(noticed, unnoticed)}")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_thousands_of_tamperings_are_noticed(job, capsys):
-    noticed, unnoticed = tamper_often(job, int(os.environ.get("TAMPERINGS", "5000")))
-    with capsys.disabled():
-        print(f"\nPROOF tampering: {line(noticed, unnoticed)}")
+@pytest.mark.timeout(SHARE.timeout_s)
+def test_thousands_of_tamperings_are_noticed(job):
+    noticed, unnoticed = tamper_often(job, SHARE.rounds(NUM_CHANGES))
+    print(
+        f"PROOF tampering: {noticed.total() + unnoticed.total()} of {NUM_CHANGES} changes made, "
+        f"{line(noticed, unnoticed)}"
+    )

@@ -48,8 +48,13 @@ def run_seeds(seeds: Iterable[int]) -> Counter[str]:
     return counts
 
 
-def run_on_all_cores(first: int, count: int, say: Callable[[str], None]) -> Counter[str]:
-    """Run ``count`` seeds in processes, one per core, and say now and then how far they are."""
+def run_on_all_cores(
+    first: int, count: int, say: Callable[[str], None], is_over: Callable[[], bool]
+) -> Counter[str]:
+    """Run ``count`` seeds, or as many of the first as there is time for, a process per core.
+
+    ``say`` is told now and then how far they are.
+    """
     counts: Counter[str] = Counter()
     started = said = time.monotonic()
     chunks = [
@@ -57,12 +62,19 @@ def run_on_all_cores(first: int, count: int, say: Callable[[str], None]) -> Coun
         for start in range(first, first + count, _CHUNK)
     ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run_seeds, chunk) for chunk in chunks]):
+        futures = [pool.submit(run_seeds, chunk) for chunk in chunks]
+        for done in as_completed(futures):
+            if done.cancelled():
+                continue
             try:
                 counts.update(done.result())
             except AssertionError:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+            if is_over():
+                # What has begun is counted, so those that ran are the first ones.
+                for future in futures:
+                    future.cancel()
             now = time.monotonic()
             if now - said > _PROGRESS_EVERY_S:
                 said = now
