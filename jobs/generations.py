@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs.manifest import Manifest
 from jobs.plan import Plan, PlanPart, read_plan
-from pipeline.errors import JobError
+from pipeline.errors import DAMAGE, JobError
 from pipeline.layout import Generation
+from pipeline.pinned import read_pinned
 from pipeline.records import CommitRecord, ShardSpec, shards_from_table
+from pipeline.sinks.parquet import parse_parquet
 from pipeline.storage import Store
 
 UNOPENABLE = -1
@@ -214,11 +215,31 @@ def read_part(store: Store, part: PlanPart) -> list[ShardSpec]:
         JobError: If it cannot be understood.
         StorageError: If it cannot be read.
     """
+    return shards_of(part, read_part_table(store, part))
+
+
+def read_part_table(store: Store, part: PlanPart) -> pa.Table:
+    """The same, as the table that it is; ``shards_of`` makes shards of any rows of it."""
     try:
-        return shards_from_table(pq.read_table(pa.BufferReader(store.read(part.key))))
-    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
-        message = f"{part.key}: cannot be read: {' '.join(str(error).split())}"
-        raise JobError(message) from error
+        return parse_parquet(read_pinned(store, part.key, part.sha256))
+    except ValueError as error:
+        raise _unreadable(part, error) from error
+
+
+def shards_of(part: PlanPart, table: pa.Table) -> list[ShardSpec]:
+    """The shards of some rows of a part.
+
+    Raises:
+        JobError: If they cannot be understood.
+    """
+    try:
+        return shards_from_table(table)
+    except (pa.ArrowException, *DAMAGE) as error:
+        raise _unreadable(part, error) from error
+
+
+def _unreadable(part: PlanPart, error: Exception) -> JobError:
+    return JobError(f"{part.key}: cannot be read: {' '.join(str(error).split())}")
 
 
 def hidden_shards(plans: list[tuple[Generation, Plan]]) -> list[frozenset[int]]:

@@ -35,7 +35,7 @@ from pipeline.layout import (
     shard_of,
 )
 from pipeline.records import CommitRecord, DataFile, ShardSpec, canonical_json
-from pipeline.sinks.parquet import METADATA_KEY
+from pipeline.sinks.parquet import METADATA_KEY, parse_parquet
 from pipeline.storage import Store
 from segformer3d.labels import CLASSES
 
@@ -108,7 +108,7 @@ def check_rows(key: str, data: bytes, record: CommitRecord, fault: Fault) -> Non
     """Check a data object's rows against what its record says of every quarantined one."""
 
     def check() -> None:
-        table = pq.read_table(pa.BufferReader(data), columns=_ROW_COLUMNS)
+        table = parse_parquet(data, _ROW_COLUMNS)
         held = []
         for row in table.to_pylist():
             if (row["status"] == "ok") != (row["error_kind"] is None):

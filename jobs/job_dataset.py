@@ -16,14 +16,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.generations import History
+from jobs.generations import History, read_part_table, shards_of
 from jobs.plan import Plan, PlanPart
 from jobs.record import read_job
 from pipeline.decode import decode_shard
 from pipeline.encode import decode_class_ids, decode_depth, resize_class_ids
-from pipeline.errors import JobError, ObjectNotFoundError, UserError
+from pipeline.errors import DAMAGE, JobError, ObjectNotFoundError, UserError
 from pipeline.layout import Generation
-from pipeline.records import CommitRecord, ShardSpec, Slice, UInt8Array, shards_from_table
+from pipeline.pinned import DamagedError, read_pinned
+from pipeline.records import CommitRecord, DataFile, ShardSpec, Slice, UInt8Array
 from pipeline.sinks.parquet import read_rows
 from pipeline.storage import StorageOptions, Store, open_store
 from segformer3d.config import DepthCodec
@@ -43,6 +44,13 @@ class _Place(NamedTuple):
 
     part: PlanPart
     shard_id: int
+
+
+class _Data(NamedTuple):
+    """A shard's data object, and what its record says of it."""
+
+    key: str
+    file: DataFile
 
 
 class JobDataset:
@@ -83,7 +91,7 @@ class JobDataset:
         self.depth_kind: DepthKind = self._codec.kind if self._codec else "none"
         if record.labels and tuple(record.labels) != CLASS_NAMES:
             raise UserError(f"{url}: its classes are not the {len(CLASS_NAMES)} of Cityscapes")
-        self._shards, self._files, self._kept = self._index(store, min_confidence)
+        self._shards, self._data, self._kept = self._index(store, min_confidence)
         self._ends = list(accumulate(len(kept) for kept in self._kept))
         if not len(self):
             raise UserError(f"{url}: no good frame with a confidence of {min_confidence:g} or more")
@@ -101,7 +109,8 @@ class JobDataset:
         """Read one frame and its labels.
 
         Raises:
-            DatasetError: The archive no longer gives the frame.
+            DatasetError: The archive no longer gives the frame, or its labels are damaged.
+            JobError: The plan is not what was committed.
             StorageError: An object of the job cannot be read.
         """
         if not 0 <= index < len(self):
@@ -112,7 +121,13 @@ class JobDataset:
         in_order = 0 < index - self._last <= _NEAR
         self._last = index
         image = self._image(shard_id, (row["asset"], row["frame_index"]), in_order=in_order)
-        return self._sample(row, image)
+        try:
+            return self._sample(row, image)
+        except ValueError as error:
+            key = self._data[shard_id].key
+            raise DatasetError(
+                f"{key}: {row['asset']}: {error}; see `segformer3d verify`"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only saves time."""
@@ -133,7 +148,7 @@ class JobDataset:
 
     def _index(
         self, store: Store, min_confidence: float
-    ) -> tuple[list[_Place], list[str], list[npt.NDArray[np.intp]]]:
+    ) -> tuple[list[_Place], list[_Data], list[npt.NDArray[np.intp]]]:
         """Give each shard that counts, its data object, and which of its rows to keep."""
         history = History.load(store)
         if not history.views:
@@ -142,27 +157,34 @@ class JobDataset:
             done = f"{history.num_done} of {history.num_shards} shards are done"
             raise UserError(f"{self._url}: {done}; finish it with `segformer3d resume`")
         places: list[_Place] = []
-        files: list[str] = []
+        data: list[_Data] = []
         kept: list[npt.NDArray[np.intp]] = []
         for view in history.views:
             for record in sorted(view.records, key=lambda record: record.shard_id):
                 places.append(_Place(_part_of(view.plan, record.shard_id), record.shard_id))
-                files.append(self._data_key(view.generation, record))
+                data.append(self._data_of(view.generation, record))
                 rows = np.empty(0, np.intp)
                 if record.num_ok:
-                    rows = _good_rows(store, files[-1], min_confidence)
+                    rows = _good_rows(store, data[-1].key, record, min_confidence)
                 kept.append(rows)
-        return places, files, kept
+        return places, data, kept
 
-    def _data_key(self, generation: Generation, record: CommitRecord) -> str:
+    def _data_of(self, generation: Generation, record: CommitRecord) -> _Data:
         if len(record.files) != 1:
             raise JobError(f"{self._url}: shard {record.shard_id} has {len(record.files)} objects")
-        return f"{generation.prefix}{record.files[0].path}"
+        (file,) = record.files
+        return _Data(f"{generation.prefix}{file.path}", file)
 
     def _labels(self, shard_id: int) -> Rows:
         if self._rows is None or self._rows[0] != shard_id:
-            data = self._open().read(self._files[shard_id])
-            self._rows = shard_id, read_rows(data, _LABEL_COLUMNS)
+            key, file = self._data[shard_id]
+            try:
+                data = read_pinned(self._open(), key, file.sha256)
+                self._rows = shard_id, read_rows(data, _LABEL_COLUMNS)
+            except DamagedError as error:
+                raise DatasetError(f"{error}; see `segformer3d verify`") from error
+            except ValueError as error:
+                raise DatasetError(f"{key}: {error}; see `segformer3d verify`") from error
         return self._rows[1]
 
     def _image(self, shard_id: int, frame: tuple[str, int], *, in_order: bool) -> UInt8Array:
@@ -171,7 +193,7 @@ class JobDataset:
             return self._frames[1][frame]
         spec = self._shard(shard_id)
         if not in_order:
-            return self._decoded(_only(spec, {frame}))[frame]
+            return self._decoded(_only(spec, {frame}), needed=frame)[frame]
         rows = self._labels(shard_id)
         wanted = {(rows[i]["asset"], rows[i]["frame_index"]) for i in self._kept[shard_id]}
         frames = self._decoded(_only(spec, wanted), needed=frame)
@@ -179,27 +201,32 @@ class JobDataset:
         return frames[frame]
 
     def _decoded(
-        self, spec: ShardSpec, needed: tuple[str, int] | None = None
+        self, spec: ShardSpec, needed: tuple[str, int]
     ) -> dict[tuple[str, int], UInt8Array]:
-        """Decode frames; those that cannot be had are missing, unless they are needed now."""
+        """Decode frames; those that cannot be had are missing, but for the one needed now."""
         decoded = decode_shard(spec, self._archive, self._limits)
         frames: dict[tuple[str, int], UInt8Array] = {}
         for record in decoded.frames:
             key = record.asset, record.frame_index
             if record.error_kind is None:
                 frames[key] = decoded.pixels[len(frames)]
-            elif needed is None or key == needed:
+            elif key == needed:
                 name = f"{spec.root}/{record.asset}, frame {record.frame_index}"
                 raise DatasetError(f"{name}: the archive no longer gives it: {record.error}")
+        if needed not in frames:
+            message = (
+                f"shard {spec.shard_id} has a row of {needed[0]}, frame {needed[1]}, unplanned"
+            )
+            raise DatasetError(f"{self._url}: {message}; see `segformer3d verify`")
         return frames
 
     def _shard(self, place: int) -> ShardSpec:
         """The shard at a place of the list."""
         part, shard_id = self._shards[place]
         if self._part is None or self._part[0] != part.key:
-            data = self._open().read(part.key)
-            self._part = part.key, pq.read_table(pa.BufferReader(data))
-        return shards_from_table(self._part[1].slice(shard_id - part.first_shard, 1))[0]
+            self._part = part.key, read_part_table(self._open(), part)
+        (shard,) = shards_of(part, self._part[1].slice(shard_id - part.first_shard, 1))
+        return shard
 
     def _sample(self, row: dict[str, Any], image: UInt8Array) -> Sample:
         height, width = image.shape[:2]
@@ -219,15 +246,19 @@ def _part_of(plan: Plan, shard_id: int) -> PlanPart:
     return plan.parts[bisect_right(firsts, shard_id) - 1]
 
 
-def _good_rows(store: Store, key: str, min_confidence: float) -> npt.NDArray[np.intp]:
+def _good_rows(
+    store: Store, key: str, record: CommitRecord, min_confidence: float
+) -> npt.NDArray[np.intp]:
     """Places of the good rows of a data object; only two columns of it are read."""
     try:
         with store.open_seekable(key) as file:
             table = pq.read_table(pa.PythonFile(file), columns=["status", "confidence_mean"])
-    except (pa.ArrowException, ObjectNotFoundError) as error:
+    except (pa.ArrowException, *DAMAGE, ObjectNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: {reason}; see `segformer3d verify`") from None
     good = np.array([status == "ok" for status in table["status"].to_pylist()])
+    if len(good) != record.num_rows or int(np.count_nonzero(good)) != record.num_ok:
+        raise UserError(f"{key}: other rows than were committed; see `segformer3d verify`")
     if min_confidence > 0:
         confidence = table["confidence_mean"].to_pylist()
         good &= np.array([value is not None and value >= min_confidence for value in confidence])

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import parse_commit
-from pipeline.errors import JobError, StorageError
+from pipeline.errors import DAMAGE, JobError, StorageError
 from pipeline.layout import MANIFEST_PREFIX, SHARDS_PER_RANGE, Generation, shard_of
 from pipeline.records import CommitRecord, DataFile
+from pipeline.sinks.parquet import parse_parquet
 from pipeline.storage import Store
 
 _META = b"segformer3d-manifest"
@@ -177,11 +178,11 @@ def _best_snapshot(
         if not _is_whole(key, data):
             continue
         try:
-            table = pq.read_table(pa.BufferReader(data))
+            table = parse_parquet(data)
             meta = json.loads(table.schema.metadata[_META])
             ranges, owner = frozenset(int(item) for item in meta["ranges"]), meta["plan_id"]
             table = table.replace_schema_metadata(None).cast(SNAPSHOT_SCHEMA)
-        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
+        except (pa.ArrowException, *DAMAGE):
             # Only a cache of the records: an older one does, or none.
             continue
         if owner != plan_id:

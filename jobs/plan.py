@@ -58,11 +58,13 @@ class PlanPart:
         key: Its key within the job.
         first_shard: Its first shard.
         num_shards: How many it holds.
+        sha256: Hex digest of its bytes; empty in plans of before 2026-11-26.
     """
 
     key: str
     first_shard: int
     num_shards: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,8 +364,15 @@ def make_plan(store: Store, generation: Generation, planner: Planner) -> Plan:
     parts: list[PlanPart] = []
     for shards in _chunks(planner.shards(), SHARDS_PER_RANGE):
         key = generation.plan_part_key(name, len(parts))
-        store.put(key, _parquet(shards))
-        parts.append(PlanPart(key=key, first_shard=shards[0].shard_id, num_shards=len(shards)))
+        data = _parquet(shards)
+        store.put(key, data)
+        part = PlanPart(
+            key=key,
+            first_shard=shards[0].shard_id,
+            num_shards=len(shards),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        parts.append(part)
     planned = planner.plan(parts)
     if not planned.num_frames and planned.reason == "first":
         message = f"{planner.spec.input.url}: nothing is left to annotate; look at input.exclude"

@@ -356,7 +356,8 @@ def pending_parts(plan: Plan, manifest: Manifest, *, backwards: bool) -> "list[P
         pending = ids[~done[ids]]
         if pending.size:
             order = pending[::-1] if backwards else pending
-            parts.append(PendingPart(key=part.key, shard_ids=tuple(order.tolist())))
+            pending_ids = tuple(order.tolist())
+            parts.append(PendingPart(key=part.key, sha256=part.sha256, shard_ids=pending_ids))
     return parts[::-1] if backwards else parts
 
 

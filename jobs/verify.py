@@ -1,14 +1,10 @@
 """Check a job against itself: plan, commit records, data objects, rows."""
 
 import functools
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs.generations import hidden_shards, read_part, read_plans
 from jobs.integrity import check_generation, check_job, check_rows, with_errors
@@ -19,8 +15,9 @@ from jobs.record import JobRecord, read_job
 from pipeline.commit import parse_commit
 from pipeline.errors import JobError, ObjectNotFoundError, StorageError, UserError
 from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
-from pipeline.records import CommitRecord, DataFile, ShardSpec
-from pipeline.sinks.parquet import frame_id
+from pipeline.pinned import DamagedError, read_pinned
+from pipeline.records import CommitRecord, ShardSpec
+from pipeline.sinks.parquet import frame_id, parse_parquet
 from pipeline.sinks.png import compare_png_tree
 from pipeline.storage import StorageOptions, Store, open_store
 
@@ -275,13 +272,13 @@ class _Generation:
         for file in record.files:
             key = f"{self.generation.prefix}{file.path}"
             try:
-                data = _checked_data(self.store, key, file)
-                rows = _rows(data)
+                data = read_pinned(self.store, key, file.sha256)
+                rows = _rows(key, data)
             except ObjectNotFoundError:
                 self._break(spec.shard_id, f"{key}: missing")
                 return
-            except _DamagedError as error:
-                self._break(spec.shard_id, f"{key}: {error}")
+            except DamagedError as error:
+                self._break(spec.shard_id, str(error))
                 return
             except StorageError as error:
                 self.findings.fault(f"{key}: cannot be read: {error}")
@@ -331,35 +328,14 @@ class _Generation:
                 self.findings.orphans.append(item.key)
 
 
-class _DamagedError(Exception):
-    """A data object is not what was committed."""
-
-
-def _checked_data(store: Store, key: str, file: DataFile) -> bytes:
-    """A data object that is what was committed.
-
-    Raises:
-        _DamagedError: It is not.
-        StorageError: It cannot be read.
-    """
-    data = store.read(key)
-    if len(data) != file.size_bytes:
-        message = f"{len(data)} bytes, {file.size_bytes} committed"
-        raise _DamagedError(message)
-    if hashlib.sha256(data).hexdigest() != file.sha256:
-        message = "other content than was committed"
-        raise _DamagedError(message)
-    return data
-
-
-def _rows(data: bytes) -> list[tuple[str, str]]:
+def _rows(key: str, data: bytes) -> list[tuple[str, str]]:
     """``(frame_id, status)`` of every row.
 
     Raises:
-        _DamagedError: It is no Parquet with them.
+        DamagedError: It is no Parquet with them.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), columns=["frame_id", "status"])
+        table = parse_parquet(data, ["frame_id", "status"])
         return list(zip(table["frame_id"].to_pylist(), table["status"].to_pylist(), strict=True))
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-        raise _DamagedError(" ".join(str(error).split())) from error
+    except (KeyError, ValueError) as error:
+        raise DamagedError(f"{key}: {error}") from error

@@ -103,7 +103,10 @@ def decode_depth(data: bytes) -> UInt16Array:
 
 
 def _decode(data: bytes, dtype: type[np.generic]) -> object:
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        array = None
     if array is None or array.ndim != 2 or array.dtype != dtype:
         message = f"not a single-channel {np.dtype(dtype)} PNG"
         raise ValueError(message)

@@ -6,23 +6,23 @@ Fused: each of these actors does all three, a few shards at a time, so nothing i
 processes, and Ray has a third of the tasks to manage.
 """
 
-import hashlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 
 from pipeline.deaths import Journal
 from pipeline.errors import JobError
+from pipeline.pinned import DamagedError, read_pinned
 from pipeline.records import ShardReceipt
+from pipeline.sinks.parquet import parse_parquet
 from pipeline.sinks.png import write_png_tree
 from pipeline.stages import (
     AnnotateShard,
@@ -81,10 +81,12 @@ class PendingPart:
 
     Attributes:
         key: Key of the part within the job.
+        sha256: What the plan pins; empty if it does not.
         shard_ids: Which of its shards.
     """
 
     key: str
+    sha256: str
     shard_ids: tuple[int, ...]
 
 
@@ -152,7 +154,7 @@ def build_graph(
         A dataset of receipts.
     """
     plan = ray.data.from_items(
-        [{"key": part.key, "shard_ids": list(part.shard_ids)} for part in parts],
+        [asdict(part) for part in parts],
         override_num_blocks=len(parts),
     ).map_batches(
         _ReadPlan(context),
@@ -263,10 +265,7 @@ class _AnnotateActor(AnnotateShard):
     SHARDS_AT_A_TIME = 1
 
     def __init__(self, context: StageContext, weights: WeightsFile) -> None:
-        data = context.store().read(weights.key)
-        if hashlib.sha256(data).hexdigest() != weights.sha256:
-            message = f"{weights.key}: not the weights that the job was made with"
-            raise JobError(message)
+        data = read_pinned(context.store(), weights.key, weights.sha256)
         super().__init__(context, data, Journal(context.store(), context.layout, context.lease))
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -305,8 +304,15 @@ class _ReadPlan:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (item,) = table.to_pylist()
-        data = self.context.store().read(item["key"])
-        plan = pq.read_table(pa.BufferReader(data))
+        key = item["key"]
+        try:
+            plan = parse_parquet(read_pinned(self.context.store(), key, item["sha256"]))
+        except DamagedError as error:
+            message = f"{error}; see `segformer3d verify`"
+            raise JobError(message) from error
+        except ValueError as error:
+            message = f"{key}: cannot be read: {error}; see `segformer3d verify`"
+            raise JobError(message) from error
         return plan.filter(pc.is_in(plan["shard_id"], pa.array(item["shard_ids"], pa.int64())))
 
 

@@ -72,12 +72,7 @@ def make_mutant(corpus: Mapping[str, bytes], seed: int, number: int) -> Mutant:
     kind = "tar" if number % 10 == 8 else "video" if number % 4 == 3 else "image"
     names = sorted(name for name in corpus if _kind(name) == kind)
     source = names[rng.integers(len(names))]
-    data, steps = corpus[source], []
-    for _ in range(1 + rng.integers(3) * rng.integers(2)):
-        choices = _GENERAL if rng.random() < 0.5 else (_mutators_for(data) or _GENERAL)
-        mutate = choices[rng.integers(len(choices))]
-        data = mutate(data, rng)
-        steps.append(mutate.__name__)
+    data, steps = mutated(corpus[source], rng)
     if rng.random() < 0.1:
         other = corpus[sorted(corpus)[rng.integers(len(corpus))]]
         data = _combined(data, other, rng)
@@ -87,6 +82,17 @@ def make_mutant(corpus: Mapping[str, bytes], seed: int, number: int) -> Mutant:
         extension = _EXTENSIONS[rng.integers(len(_EXTENSIONS))]
         steps.append(f"as .{extension}")
     return Mutant(f"m{number:06d}.{extension}", data, f"{source}: {', '.join(steps)}")
+
+
+def mutated(data: bytes, rng: Rng) -> tuple[bytes, list[str]]:
+    """Mutated once or a few times, and the names of what was done."""
+    steps = []
+    for _ in range(1 + rng.integers(3) * rng.integers(2)):
+        choices = _GENERAL if rng.random() < 0.5 else (_mutators_for(data) or _GENERAL)
+        mutate = choices[rng.integers(len(choices))]
+        data = mutate(data, rng)
+        steps.append(mutate.__name__)
+    return data, steps
 
 
 def _kind(name: str) -> str:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.encode import encode_png, resize_depth_codes
+from pipeline.errors import DAMAGE
 from pipeline.records import AnnotatedShard, FrameRecord, FrameStatistics
 
 NUM_CLASSES = 19
@@ -84,8 +85,20 @@ def read_rows(data: bytes, columns: list[str] | None = None) -> list[dict[str, A
     Raises:
         ValueError: If the bytes are no Parquet file.
     """
-    table = pq.read_table(pa.BufferReader(data), columns=columns)
-    return cast("list[dict[str, Any]]", table.to_pylist())
+    return cast("list[dict[str, Any]]", parse_parquet(data, columns).to_pylist())
+
+
+def parse_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The table of a whole Parquet file.
+
+    Raises:
+        ValueError: If the bytes are none; the message is one line.
+    """
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=columns)
+    except (pa.ArrowException, *DAMAGE) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(message) from error
 
 
 def _rows(shard: AnnotatedShard, *, depth_at_asset_size: bool) -> Iterator[dict[str, Any]]:

@@ -31,8 +31,8 @@ class Job:
     plan: Plan
     shards: list[ShardSpec]
 
-    def publish(self, shard_ids: Iterable[int]) -> list[ShardReceipt]:
-        context = StageContext(
+    def context(self) -> StageContext:
+        return StageContext(
             job_url=self.store.url,
             job_storage=StorageOptions(),
             archive_storage=StorageOptions(),
@@ -43,7 +43,9 @@ class Job:
             limits=DecodeLimits(),
             write_png=self.spec.output.png,
         )
-        stage = PublishShard(context)
+
+    def publish(self, shard_ids: Iterable[int]) -> list[ShardReceipt]:
+        stage = PublishShard(self.context())
         return [stage.publish(self.annotated(self.shards[shard_id])) for shard_id in shard_ids]
 
     def annotated(self, shard: ShardSpec) -> AnnotatedShard:

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -173,7 +173,7 @@ def _receipts(
     decode, publish = DecodeShard(context), PublishShard(context)
     annotate = AnnotateStandIn(context, weights)
     for part in parts:
-        plan = read_plan(pa.table({"key": [part.key], "shard_ids": [list(part.shard_ids)]}))
+        plan = read_plan(pa.Table.from_pylist([asdict(part)]))
         order = {shard_id: place for place, shard_id in enumerate(plan["shard_id"].to_pylist())}
         for shard_id in part.shard_ids:
             annotated = annotate(decode(plan.slice(order[shard_id], 1)))

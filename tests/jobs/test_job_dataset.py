@@ -1,5 +1,6 @@
 """A finished job read as a data set: the labels it wrote, the frames of its archive."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -21,8 +22,8 @@ from pipeline.decode import decode_shard
 from pipeline.encode import decode_class_ids, decode_depth
 from pipeline.errors import UserError
 from pipeline.layout import Generation
-from pipeline.records import AnnotatedShard, FrameStatistics, shards_from_table
-from pipeline.sinks.parquet import read_rows
+from pipeline.records import PLAN_SCHEMA, AnnotatedShard, FrameStatistics, shards_from_table
+from pipeline.sinks.parquet import parse_parquet, read_rows
 from pipeline.stages import AnnotateShard, PublishShard, StageContext
 from segformer3d.config import METRIC_DEPTH
 from segformer3d.datasets import DatasetError
@@ -247,6 +248,42 @@ def test_a_missing_data_object_is_told(tmp_path):
     store.delete([next(item.key for item in store.list(Generation().data_prefix))])
     with pytest.raises(UserError, match="verify"):
         JobDataset(store.url)
+
+
+def test_a_damaged_label_is_told(tmp_path):
+    store, _ = run_without_ray(tmp_path)
+    source = JobDataset(store.url)
+    key = next(item.key for item in store.list(Generation().data_prefix))
+    data = bytearray(store.read(key))
+    # A pixel of a label, which would still be read.
+    data[data.index(b"IDAT") + 20] ^= 1
+    store.put(key, bytes(data))
+    message = f"{key}: other content than was committed; see `segformer3d verify`"
+    with pytest.raises(DatasetError, match=message):
+        source[0]
+
+
+def pin(store, data):
+    """Let the plan say that its one part is this."""
+    plan_key = Generation().plan_key
+    plan = json.loads(store.read(plan_key))
+    plan["parts"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    store.put(plan_key, json.dumps(plan).encode())
+
+
+def test_a_frame_that_nobody_planned_is_told(tmp_path):
+    store, _ = run_without_ray(tmp_path)
+    key = next(item.key for item in store.list("gen-0000/plan/") if item.key.endswith(".parquet"))
+    plan = parse_parquet(store.read(key)).to_pylist()
+    plan[0]["slices"][0]["asset"] = "c.jpg"
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(plan, schema=PLAN_SCHEMA), sink)
+    data = sink.getvalue().to_pybytes()
+    store.put(key, data)
+    pin(store, data)
+    source = JobDataset(store.url)
+    with pytest.raises(DatasetError, match=r"a row of a\.jpg, frame 0, unplanned; see"):
+        source[0]
 
 
 @pytest.mark.parametrize("value", ["2", "-0.1", "nan", "much"])

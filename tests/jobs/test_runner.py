@@ -2,12 +2,17 @@
 
 import dataclasses
 
+import pyarrow as pa
 import pytest
 
 from jobs.claim import claim_job, load_weights, reopen_job
 from jobs.lease import Heartbeat, Pulse, beat, heartbeats, request_cancel, take_lease
+from jobs.manifest import Manifest
+from jobs.runner import pending_parts
 from jobs.spec import check_spec
+from pipeline import graph
 from pipeline.errors import ConflictError, JobError, UserError
+from pipeline.layout import Generation
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY, make_job
@@ -100,3 +105,24 @@ def test_a_pulse_ends_with_a_word(tmp_path):
         pass
     (last,) = heartbeats(store)
     assert (last.state, last.num_done) == ("ended", 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [("pinned", "other content than was committed"), ("by an old plan", "cannot be read: ")],
+)
+def test_a_damaged_plan_stops_the_run_and_is_named(tmp_path, said, message):
+    job = make_job(tmp_path)
+    plan = job.plan
+    manifest = Manifest.load(job.store, Generation(), plan.plan_id, plan.num_shards)
+    (part,) = pending_parts(plan, manifest, backwards=False)
+    if said == "by an old plan":
+        part = dataclasses.replace(part, sha256="")
+    read_plan = graph._ReadPlan(job.context())
+    table = pa.Table.from_pylist([dataclasses.asdict(part)])
+    assert read_plan(table)["shard_id"].to_pylist() == list(part.shard_ids)
+    data = bytearray(job.store.read(part.key))
+    data[-20] ^= 0xFF
+    job.store.put(part.key, bytes(data))
+    with pytest.raises(JobError, match=f"{part.key}: {message}.*; see `segformer3d verify`"):
+        read_plan(table)

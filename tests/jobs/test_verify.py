@@ -116,7 +116,7 @@ def test_records_are_read_though_they_are_sealed(sealed):
         (GENERATION.commit_key(0), b'{"files": 5}', "malformed"),
         (GENERATION.commit_key(0), b"{", "malformed"),
         ("gen-0000/commit/00000/.DS_Store", b"x", "not a commit record"),
-        ("PART", b"cut", "cannot be read"),
+        ("PART", b"cut", "other content than was committed"),
     ],
 )
 def test_whatever_is_broken_is_named_and_the_rest_is_checked(job, key, data, named):
