@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,6 +240,14 @@ class JobUnderTest:
         keys = [item.key for item in store.list(PNG_PREFIX)]
         return {key: _digest(data) for key, data in store.read_many(keys) if _is_data(data)}
 
+    def _keep(self, keys: Iterable[str]) -> None:
+        """Copies of objects that are wrong, which else would end with the S3 server."""
+        for key in keys:
+            kept = self.folder / "wrong" / key
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if self.exists(key):
+                kept.write_bytes(self.store.read(key))
+
     def objects(self) -> set[str]:
         """Keys of everything below the generation."""
         return {item.key for item in self.store.list(GENERATION.prefix)}
@@ -251,6 +259,7 @@ class JobUnderTest:
     def check_sound(self) -> None:
         """Sound, complete, and without orphans."""
         findings = self.verify()
+        self._keep(findings.bad_pngs)
         assert findings.is_sound, findings.faults
         assert findings.is_complete, findings.undecided
         assert findings.orphans == []
