@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from segformer3d.encoder import REDUCTIONS
+
 if TYPE_CHECKING:
     from segformer3d.model import Segformer3D
     from segformer3d.recipe import OptimizerSection, ScheduleSection
@@ -30,10 +32,11 @@ def make_optimizer(
         options: The recipe's.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    factors = _rate_factors(model, options)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = options.weight_decay if parameter.ndim > 1 else 0.0
-            key = (rate_factor(name, model, options), decay)
+            key = (factors[name], decay)
             groups.setdefault(key, []).append(parameter)
     if extra:
         groups.setdefault((1.0, 0.0), []).extend(extra)
@@ -45,25 +48,49 @@ def make_optimizer(
     return kind(parameters, lr=options.rate, betas=options.betas)
 
 
-def rate_factor(name: str, model: Segformer3D, options: OptimizerSection) -> float:
-    """Return the share of the rate that a parameter of this name learns with.
+def _rate_factors(model: Segformer3D, options: OptimizerSection) -> dict[str, float]:
+    """Map each learned parameter's name to the share of the rate that it learns with.
 
-    The last stage of a Mix Transformer learns at the full rate, each one before it at
+    What the deepest map alone depends on learns at the full rate, each stage before it at
     `layer_decay` of the next one's (as Clark et al. 2020, arXiv 2003.10555, did for language
-    models); a timm encoder learns at the full rate as a whole.
-
-    Args:
-        name: As in the model's state dict.
-        model: The network.
-        options: The recipe's.
+    models).
     """
-    if not name.startswith("encoder."):
-        return options.head_rate_factor
-    stages = len(getattr(model.encoder, "stages", ()))
-    if stages == 0:
-        return 1.0
-    stage = int(name.split(".")[2])
-    return float(options.layer_decay ** (stages - 1 - stage))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors = {
+        name: 1.0 if name.startswith("encoder.") else options.head_rate_factor for name in names
+    }
+    if options.layer_decay < 1:
+        for name, stage in stages_of(model.encoder).items():
+            factors[f"encoder.{name}"] = options.layer_decay ** (len(REDUCTIONS) - 1 - stage)
+    return factors
+
+
+def stages_of(encoder: nn.Module) -> dict[str, int]:
+    """Map each learned parameter's name to the shallowest of the four maps that depends on it.
+
+    Asked of autograd, so it holds for any encoder; a parameter that no map depends on is left out.
+    """
+    learned = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    if not learned:
+        return {}
+    was_training = encoder.training
+    encoder.eval()
+    side = 2 * REDUCTIONS[-1]
+    device = next(iter(learned.values())).device
+    with torch.enable_grad():
+        maps = encoder(torch.zeros(1, 3, side, side, device=device))
+    encoder.train(was_training)
+    stages: dict[str, int] = {}
+    for stage, map_ in enumerate(maps):
+        if map_.requires_grad:
+            parameters = list(learned.values())
+            found = torch.autograd.grad(
+                map_.sum(), parameters, retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(learned, found, strict=True):
+                if gradient is not None:
+                    stages.setdefault(name, stage)
+    return stages
 
 
 def rate_at(step: int, num_steps: int, options: ScheduleSection) -> float:

@@ -164,7 +164,7 @@ class OptimizerSection(_Section):
         rate: The full learning rate; the schedule gives its share at each step.
         weight_decay: Of weights; never of norms and biases.
         betas: As torch's.
-        layer_decay: The rate of each stage of the Mix Transformer is this share of the next one's.
+        layer_decay: The rate of each of the encoder's four stages is this share of the next one's.
         head_rate_factor: The heads' rate over the encoder's.
     """
 

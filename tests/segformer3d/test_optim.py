@@ -3,8 +3,15 @@
 import pytest
 import torch
 
+from segformer3d.config import ModelConfig
 from segformer3d.model import build_model
-from segformer3d.optim import MovingAverage, make_optimizer, momentum_at, rate_at
+from segformer3d.optim import (
+    MovingAverage,
+    make_optimizer,
+    momentum_at,
+    rate_at,
+    stages_of,
+)
 from segformer3d.recipe import ModelSection, OptimizerSection, ScheduleSection
 from tests.segformer3d.training_parts import TINY
 
@@ -35,6 +42,28 @@ def test_deeper_layers_learn_faster_and_norms_do_not_decay(model):
     assert group_of(optimizer, extra)["rate_factor"] == 1
     learned = [p for g in optimizer.param_groups for p in g["params"]]
     assert len(learned) == len({id(p) for p in learned}) == len(list(model.parameters())) + 1
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "resnet18"])
+def test_a_timm_encoder_has_stages_too(name):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(variant=f"timm:{name}", head_width=16)).train()
+    optimizer = make_optimizer(model, [], OptimizerSection(rate=0.1, layer_decay=0.5))
+    assert model.encoder.training
+    names = {
+        "test_convnext": ("stem_0", "stages_1", "stages_2", "stages_3"),
+        "resnet18": ("layer1", "layer2", "layer3", "layer4"),
+    }[name]
+    for start, factor in zip(names, (0.125, 0.25, 0.5, 1.0), strict=True):
+        named = model.encoder.model.named_parameters()
+        members = [parameter for key, parameter in named if key.startswith(start)]
+        assert members
+        assert {group_of(optimizer, member)["rate_factor"] for member in members} == {factor}
+
+
+def test_every_parameter_of_an_encoder_has_a_stage(model):
+    found = stages_of(model.encoder)
+    assert found == {name: int(name.split(".")[1]) for name, _ in model.encoder.named_parameters()}
 
 
 def test_what_is_frozen_is_not_learned(model):
