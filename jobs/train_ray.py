@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def _set_environment() -> None:
     # The workers of an embedded cluster meet on loopback.
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 def _fit(
@@ -106,10 +107,19 @@ def _torch_trainer(request: TrainRequest, cluster: Cluster, scratch: Path) -> An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.backend import Backend
         from ray.train.torch import TorchConfig, TorchTrainer
+
+        class LeftToTheWorkers(TorchConfig):
+            """Joins nobody."""
+
+            @property
+            def backend_cls(self) -> Any:
+                return Backend
 
         wants_gpu = request.device is None or request.device.startswith("cuda")
         use_gpu = wants_gpu and cluster.num_gpus >= request.num_workers
+        joining = LeftToTheWorkers if cluster.embedded else TorchConfig
         return TorchTrainer(
             train_worker,
             train_loop_config={
@@ -118,8 +128,9 @@ def _torch_trainer(request: TrainRequest, cluster: Cluster, scratch: Path) -> An
                 "folder": str(Path.cwd()),
                 "variables": variables_of(request),
                 "use_gpu": use_gpu,
+                "meet_in": str(scratch / "meeting") if cluster.embedded else None,
             },
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=joining(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=request.num_workers, use_gpu=use_gpu),
             run_config=RunConfig(
                 name="train",
@@ -130,7 +141,7 @@ def _torch_trainer(request: TrainRequest, cluster: Cluster, scratch: Path) -> An
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train as one of Ray Train's workers; torch.distributed is already joined."""
+    """Train as one of Ray Train's workers."""
     from segformer3d.memory import keep_freed_buffers
 
     keep_freed_buffers()
@@ -142,7 +153,7 @@ def train_worker(config: dict[str, Any]) -> None:
         os.chdir(config["folder"])
     request, scratch = TrainRequest(**config["request"]), Path(config["scratch"])
     speaker = _Speaker(scratch, is_first=train.get_context().get_world_rank() == 0)
-    with plain_errors():
+    with plain_errors(), _joined(config["meet_in"], on_gpus=config["use_gpu"]):
         trainer = make_trainer(request, get_device() if config["use_gpu"] else "cpu")
         speaker.first(trainer.progress.step, trainer.recipe.num_steps)
         outcome = trainer.run(
@@ -153,6 +164,22 @@ def train_worker(config: dict[str, Any]) -> None:
         )
     if speaker.is_first:
         _outcome_file(scratch).write_text(json.dumps(asdict(outcome)))
+
+
+@contextlib.contextmanager
+def _joined(meet_in: str | None, *, on_gpus: bool) -> Iterator[None]:
+    """Join torch.distributed, unless Ray Train has done so."""
+    if meet_in is None:
+        yield
+        return
+    from ray import train
+
+    from segformer3d.collective import joined_by_file
+
+    context = train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    with joined_by_file(Path(meet_in), rank, num_ranks, on_gpus=on_gpus):
+        yield
 
 
 class _Speaker:

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 
 _alone = False
@@ -57,6 +58,31 @@ def joined_by_environment(device: str | None = None) -> Iterator[torch.device]:
     finally:
         if ours:
             distributed.destroy_process_group()
+
+
+@contextmanager
+def joined_by_file(path: Path, rank: int, num_ranks: int, *, on_gpus: bool) -> Iterator[None]:
+    """Join the other processes of this machine, which meet in a file.
+
+    Nothing listens beyond what the backend itself does; a store of torch's behind an address would
+    listen on every interface, to anybody.
+
+    Args:
+        path: The file, which nobody has used before.
+        rank: Number of this process, from 0.
+        num_ranks: How many there are.
+        on_gpus: Whether their tensors travel between GPUs.
+    """
+    distributed.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        init_method=path.absolute().as_uri(),
+        rank=rank,
+        world_size=num_ranks,
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import yaml
 
 from jobs import cli
 from segformer3d.weights import load_weights, read_info, untrained_weights
+from tests.integration.cluster import listening
 from tests.segformer3d.training_parts import TINY, write_origin
 
 RUN = """
@@ -152,7 +153,13 @@ def test_two_workers_of_ray_train_are_one_process(origin, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     out, _ = finish(start([*origin, *changes, "--output", str(one), "--json"]))
     arguments = [*origin, *changes, "--output", str(two), "--json", "--num-workers", "2"]
-    together, err = finish(start(arguments))
+    process, heard = start(arguments), set()
+    while process.poll() is None:
+        heard |= listening(process.pid)
+        time.sleep(0.05)
+    together, err = finish(process)
+    assert "127.0.0.1" in heard
+    assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     ours, theirs = json.loads(out), json.loads(together)
     assert theirs["outcome"] == "done"
     assert theirs["step"] == ours["step"] == 4
