@@ -593,7 +593,7 @@ with ThreadPoolExecutor(threads) as pool:
 
 class TestCreateOnce:
     def test_one_winner_among_threads(self, store: Store):
-        num_rounds, writers = 8, 24
+        num_rounds, writers = 4, 16
 
         def race(round_: int, pool: ThreadPoolExecutor) -> None:
             barrier = threading.Barrier(writers)
