@@ -1,6 +1,7 @@
 """Timelines and frames of real videos, in this process."""
 
 import shutil
+import struct
 from fractions import Fraction
 
 import numpy as np
@@ -133,6 +134,38 @@ def test_rotation_is_applied(tmp_path, degrees):
     # FFmpeg's own word for it, against the picture that went in.
     turned = np.rot90(scene(12)[0], degrees // 90).astype(int)
     assert np.abs(frames[0].astype(int) - turned).mean() < 12
+
+
+def put_matrix(path, a, b, c, d):
+    """Write a display matrix into the only track of an MP4 (ISO/IEC 14496-12, 8.3.2)."""
+    data = bytearray(path.read_bytes())
+    box = data.index(b"tkhd") + 4
+    assert data[box] == 0
+    place = box + 40
+    values = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    data[place : place + 36] = struct.pack(">9i", *values)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        *((1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1)),
+        *((0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)),
+    ],
+)
+def test_mirrored_and_turned_pictures_are_put_upright(tmp_path, matrix):
+    path = write_video(tmp_path / "a.mp4", num_frames=3)
+    put_matrix(path, *matrix)
+    frames, errors = read_sliced(path, 3)
+    assert not errors
+    stored = next(iter(read_sequentially(path)))[1]
+    a, b, c, d = matrix
+    q, p = np.indices(stored.shape[:2])
+    x, y = a * p + c * q, b * p + d * q
+    upright = np.empty((np.ptp(y) + 1, np.ptp(x) + 1, 3), np.uint8)
+    upright[y - y.min(), x - x.min()] = stored
+    assert np.array_equal(frames[0], upright)
 
 
 def test_cut_with_the_index_in_front_misses_frames(tmp_path):
