@@ -206,14 +206,8 @@ class _PlanCounts:
         key = generation.plan_key
         if self.shard_ids != list(range(len(self.shard_ids))):
             fault(f"{key}: the shards of its parts are not numbered from 0")
-        first = 0
-        for part in plan.parts:
-            if part.first_shard != first:
-                fault(f"{key}: {part.key} does not begin where the part before it ends")
-            first += part.num_shards
         counted = {
             "num_shards": (plan.num_shards, len(self.shard_ids)),
-            "num_shards of its parts": (plan.num_shards, first),
             "num_frames": (plan.num_frames, self.num_frames),
             "num_known_errors": (plan.num_known_errors, self.num_known_errors),
             "num_pixels": (plan.num_pixels, self.num_pixels),

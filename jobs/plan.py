@@ -6,15 +6,15 @@ is a hash over the shards; where the archive lies is not part of it.
 
 import hashlib
 import itertools
-import json
 import os
+import re
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,6 +37,7 @@ from pipeline.storage import (
     open_store,
     unescape_path,
 )
+from pipeline.typed import KNOWN_FIELDS_ONLY, from_json
 
 # Rows that are known to be errors have no pixels; their shards need some size all the same.
 _NO_PIXELS_SIZE = (32, 32)
@@ -48,6 +49,10 @@ _MAX_SHARD_BYTES = 96 << 20
 T = TypeVar("T")
 
 Reason = Literal["first", "retry", "repair"]
+
+# Of one part: far more than any version puts there.
+_MOST_SHARDS = 1_000_000
+_PART_KEY = re.compile(r"gen-\d{4,}/plan/part-\w+-\d{5,}\.parquet", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,8 @@ class PlanPart:
     first_shard: int
     num_shards: int
     sha256: str = ""
+
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +112,27 @@ class Plan:
     replaced: tuple[tuple[int, int], ...] = ()
     reopened: tuple[str, ...] = ()
 
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """From the plain data of ``plan.json``."""
-        parts = tuple(PlanPart(**part) for part in fields.pop("parts"))
-        only = tuple(fields.pop("only", ()))
-        replaced = tuple((int(item), int(shard)) for item, shard in fields.pop("replaced", ()))
-        reopened = tuple(fields.pop("reopened", ()))
-        plan = cls(**fields, parts=parts, only=only, replaced=replaced, reopened=reopened)
-        if not all(type(value) is int for value in (plan.num_shards, plan.num_frames)):
-            message = "a count is not a whole number"
+    def from_json(cls, data: bytes) -> Self:
+        """From the bytes of ``plan.json``.
+
+        Raises:
+            ValueError: If they are none, or its parts do not make up its shards.
+        """
+        plan = from_json(cls, data)
+        first = 0
+        for part in plan.parts:
+            if not _PART_KEY.fullmatch(part.key):
+                message = f"{part.key!r} is no key of a part"
+                raise ValueError(message)
+            if part.first_shard != first or not 0 < part.num_shards <= _MOST_SHARDS:
+                message = f"{part.key} does not begin where the part before it ends"
+                raise ValueError(message)
+            first += part.num_shards
+        if first != plan.num_shards:
+            message = f"num_shards is {plan.num_shards}, its parts hold {first}"
             raise ValueError(message)
         return plan
 
@@ -352,7 +370,7 @@ def read_plan(store: Store, generation: Generation) -> Plan | None:
     if store.head(generation.plan_key) is None:
         return None
     try:
-        return Plan.from_fields(json.loads(store.read(generation.plan_key)))
+        return Plan.from_json(store.read(generation.plan_key))
     except DAMAGE as error:
         message = f"{generation.plan_key} is malformed: {error}"
         raise JobError(message) from error

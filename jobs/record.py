@@ -12,6 +12,7 @@ from pipeline.errors import ConflictError, JobError, ObjectNotFoundError, UserEr
 from pipeline.layout import JOB_KEY, LAYOUT_VERSION, OWN_PREFIXES, PROBE_PREFIX, WEIGHTS_PREFIX
 from pipeline.records import canonical_json
 from pipeline.storage import Store, create_once, probe_conditional_writes
+from pipeline.typed import KNOWN_FIELDS_ONLY, from_json
 
 # Changes only when the same inputs would give other outputs.
 OUTPUT_VERSION = 2
@@ -45,6 +46,8 @@ class JobRecord:
     layout_version: int = LAYOUT_VERSION
     software_version: str = ""
 
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
     @property
     def weights_key(self) -> str:
         """Where the job keeps its weights."""
@@ -66,8 +69,8 @@ class JobRecord:
             JobError: If the bytes are no job record, or one of a newer version.
         """
         try:
-            record = cls(**json.loads(data))
-        except (TypeError, ValueError) as error:
+            record = from_json(cls, data)
+        except ValueError as error:
             message = f"{JOB_KEY} cannot be read by this version: {error}"
             raise JobError(message) from error
         if record.layout_version != LAYOUT_VERSION:

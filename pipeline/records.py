@@ -16,8 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import ErrorKind
+from pipeline.typed import KNOWN_FIELDS_ONLY, from_json
 
 AssetKind = Literal["image", "video", "tar"]
+_INT64 = 1 << 63
 UInt8Array = npt.NDArray[np.uint8]
 UInt16Array = npt.NDArray[np.uint16]
 Float32Array = npt.NDArray[np.float32]
@@ -283,6 +285,8 @@ class DataFile:
     size_bytes: int
     sha256: str
 
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommitRecord:
@@ -306,6 +310,8 @@ class CommitRecord:
     num_ok: int
     quarantined: tuple[tuple[str, int, str, str], ...]
 
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
     def to_json(self) -> bytes:
         """Canonical JSON, the same bytes for the same record."""
         return canonical_json(asdict(self))
@@ -318,25 +324,20 @@ class CommitRecord:
             ValueError: If the bytes are no commit record.
         """
         try:
-            fields = json.loads(data)
-            fields["files"] = tuple(DataFile(**item) for item in fields["files"])
-            fields["quarantined"] = tuple(
-                (str(asset), int(index), str(kind), str(reason))
-                for asset, index, kind, reason in fields["quarantined"]
-            )
-            record = cls(**fields)
-            numbers = (record.shard_id, record.num_rows, record.num_ok)
-            sizes = [file.size_bytes for file in record.files]
-            if not record.files:
-                message = "malformed commit record: it names no data"
-                raise ValueError(message)
-            if not all(type(number) is int for number in (*numbers, *sizes)):
-                message = "malformed commit record: a count is not a whole number"
-                raise ValueError(message)
-            return record
-        except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            record = from_json(cls, data)
+        except ValueError as error:
             message = f"malformed commit record: {error}"
             raise ValueError(message) from error
+        if not record.files:
+            message = "malformed commit record: it names no data"
+            raise ValueError(message)
+        numbers = [record.shard_id, record.num_rows, record.num_ok]
+        numbers += [file.size_bytes for file in record.files]
+        numbers += [index for _, index, _, _ in record.quarantined]
+        if not all(abs(number) < _INT64 for number in numbers):
+            message = "malformed commit record: a number is out of range"
+            raise ValueError(message)
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)
