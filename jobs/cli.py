@@ -18,7 +18,7 @@ import click
 from jobs.cli_evaluate import evaluate
 from jobs.cli_model import attention, predict
 from jobs.cli_train import fetch, train
-from pipeline.errors import ObjectForbiddenError, Segformer3dError, UserError
+from pipeline.errors import ObjectForbiddenError, Segformer3dError, UserError, one_line
 from pipeline.storage import StorageOptions
 from pipeline.urls import redact
 
@@ -69,7 +69,7 @@ def _failed(error: click.ClickException | Segformer3dError) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    click.echo(f"segformer3d: {redact(' '.join(message.split()))}", err=True)
+    click.echo(f"segformer3d: {redact(one_line(message))}", err=True)
     return code
 
 

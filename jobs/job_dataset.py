@@ -252,7 +252,10 @@ def _good_rows(
     """Places of the good rows of a data object; only two columns of it are read."""
     try:
         with store.open_seekable(key) as file:
-            table = pq.read_table(pa.PythonFile(file), columns=["status", "confidence_mean"])
+            parquet = pq.ParquetFile(pa.PythonFile(file))
+            if parquet.metadata.num_rows != record.num_rows:
+                raise ValueError(f"{parquet.metadata.num_rows} rows, {record.num_rows} committed")
+            table = parquet.read(columns=["status", "confidence_mean"])
     except (pa.ArrowException, *DAMAGE, ObjectNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: {reason}; see `segformer3d verify`") from None

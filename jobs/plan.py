@@ -63,13 +63,13 @@ class PlanPart:
         key: Its key within the job.
         first_shard: Its first shard.
         num_shards: How many it holds.
-        sha256: Hex digest of its bytes; empty in plans of before 2026-11-26.
+        sha256: Hex digest of its bytes; None in plans of before 2026-11-26.
     """
 
     key: str
     first_shard: int
     num_shards: int
-    sha256: str = ""
+    sha256: str | None = None
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
 

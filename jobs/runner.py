@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["done", "quarantined", "interrupted"]
 # By generation, ``(shard_id, key of the winning Parquet object)``.
-MissingPngs = dict[int, list[tuple[int, str]]]
+MissingPngs = dict[int, list[tuple[int, str, str]]]
 
 # The line of a traceback that names what was raised, by anybody but Ray.
 _RAISED = re.compile(r"(?!ray\.)[\w.]+(?:Error|Exception): (.+)")
@@ -292,8 +292,9 @@ class _Driver:
             layout = view.generation
             marked = {shard_of(item.key) for item in self.store.list(layout.png_done_prefix)}
             keys = [
-                (record.shard_id, f"{layout.prefix}{record.files[0].path}")
+                (record.shard_id, f"{layout.prefix}{file.path}", file.sha256)
                 for record in view.records
+                for file in record.files
                 if record.shard_id not in marked
             ]
             if keys:

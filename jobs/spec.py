@@ -41,6 +41,10 @@ class _Brief(reprlib.Repr):
     def repr_str(self, x: str, level: int) -> str:
         return super().repr_str(redact(x), level)
 
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out more digits than that.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else "a huge number"
+
 
 _BRIEFLY = _Brief()
 _BRIEFLY.maxlevel, _BRIEFLY.maxstring = 1, 80

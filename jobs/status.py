@@ -8,7 +8,14 @@ from jobs.finish import count_kinds
 from jobs.generations import History
 from jobs.lease import Heartbeat, heartbeats
 from jobs.record import read_job
-from pipeline.errors import DAMAGE, JobError, Segformer3dError, StorageError, UserError
+from pipeline.errors import (
+    DAMAGE,
+    JobError,
+    Segformer3dError,
+    StorageError,
+    UserError,
+    one_line,
+)
 from pipeline.layout import JOB_KEY, OWN_PREFIXES
 from pipeline.storage import StorageOptions, Store, join_url, open_store
 
@@ -188,7 +195,7 @@ def _unreadable(url: str, error: Exception) -> JobStatus:
         state="unreadable",
         trained=False,
         quarantined={},
-        problem=" ".join(str(error).split()),
+        problem=one_line(str(error)),
     )
 
 

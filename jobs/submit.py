@@ -10,7 +10,7 @@ from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from jobs.claim import claim_job
 from jobs.cluster import AUTH_SOURCES, OPEN_CLUSTER, require_token
@@ -138,8 +138,15 @@ class _JobsServer:
         if with_token:
             headers |= get_auth_headers_if_auth_enabled({})
         request = Request(self.address + path, data, headers)  # noqa: S310  # http(s) only
-        with urlopen(request, timeout=timeout_s) as answer:  # noqa: S310  # nosec B310
+        with build_opener(_NoRedirects).open(request, timeout=timeout_s) as answer:
             answer.read()
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """Nobody may send the token elsewhere."""
+
+    def redirect_request(self, *_: object) -> None:
+        """A redirection is an answer like any other error."""
 
 
 def _with_endpoints(spec: JobSpec) -> JobSpec:

@@ -16,7 +16,7 @@ from pipeline.commit import parse_commit
 from pipeline.errors import JobError, ObjectNotFoundError, StorageError, UserError
 from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
 from pipeline.pinned import DamagedError, read_pinned
-from pipeline.records import CommitRecord, ShardSpec
+from pipeline.records import CommitRecord, DataFile, ShardSpec
 from pipeline.sinks.parquet import frame_id, parse_parquet
 from pipeline.sinks.png import compare_png_tree
 from pipeline.storage import StorageOptions, Store, open_store
@@ -273,6 +273,7 @@ class _Generation:
             key = f"{self.generation.prefix}{file.path}"
             try:
                 data = read_pinned(self.store, key, file.sha256)
+                _check_size(key, data, file)
                 rows = _rows(key, data)
             except ObjectNotFoundError:
                 self._break(spec.shard_id, f"{key}: missing")
@@ -326,6 +327,12 @@ class _Generation:
                 self.findings.fault(f"{item.key}: foreign object among the data")
             elif attempt[0] not in self.hidden:
                 self.findings.orphans.append(item.key)
+
+
+def _check_size(key: str, data: bytes, file: DataFile) -> None:
+    if len(data) != file.size_bytes:
+        message = f"{key}: {len(data)} bytes, its record says {file.size_bytes}"
+        raise DamagedError(message)
 
 
 def _rows(key: str, data: bytes) -> list[tuple[str, str]]:

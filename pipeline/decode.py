@@ -32,7 +32,7 @@ from pipeline.decode_messages import (
     receive_event,
     send_request,
 )
-from pipeline.errors import ERROR_KINDS, ErrorKind, JobError, UserError
+from pipeline.errors import ERROR_KINDS, ErrorKind, JobError, UserError, one_line
 from pipeline.records import Asset, DecodedShard, FrameRecord, ShardSpec, Slice
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.sources.capture import Capture
@@ -474,8 +474,7 @@ def _error_kind(value: object) -> ErrorKind:
 
 def _one_line(message: object) -> str:
     """What a child says of an error, fit for a column and a terminal whatever it holds."""
-    text = " ".join(str(message).split()).encode(errors="replace").decode()
-    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    text = one_line(str(message).encode(errors="replace").decode())
     return text[:_MAX_MESSAGE_CHARS] or "no reason was given"
 
 

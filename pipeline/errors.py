@@ -95,3 +95,9 @@ class InputError(Segformer3dError):
 
 class JobError(Segformer3dError):
     """The run cannot go on; what is committed stays, and the job can be resumed."""
+
+
+def one_line(message: str) -> str:
+    """A message as a terminal may show it, whatever file it came from: no breaks, no controls."""
+    line = " ".join(message.split())
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)

@@ -81,12 +81,12 @@ class PendingPart:
 
     Attributes:
         key: Key of the part within the job.
-        sha256: What the plan pins; empty if it does not.
+        sha256: What the plan pins; None if it does not.
         shard_ids: Which of its shards.
     """
 
     key: str
-    sha256: str
+    sha256: str | None
     shard_ids: tuple[int, ...]
 
 
@@ -235,16 +235,16 @@ def run_graph(
 
 
 def run_png_graph(
-    context: StageContext, data_keys: Sequence[tuple[int, str]]
+    context: StageContext, data: Sequence[tuple[int, str, str]]
 ) -> Iterator[ShardReceipt]:
     """Write the PNGs of shards that were committed without them.
 
     Args:
         context: The run.
-        data_keys: ``(shard_id, key of the winning Parquet object)``; at least one.
+        data: ``(shard_id, key of the winning Parquet object, its sha256)``; at least one.
     """
     _configure_ray_data()
-    items = [{"shard_id": shard_id, "key": key} for shard_id, key in data_keys]
+    items = [dict(zip(("shard_id", "key", "sha256"), item, strict=True)) for item in data]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _WritePngs(context), batch_size=1, batch_format="pyarrow", num_cpus=_IO_TASK_CPUS
     )
@@ -317,7 +317,7 @@ class _ReadPlan:
 
 
 class _WritePngs:
-    """Shard ids and data keys to receipts, after their PNGs are written."""
+    """Shard ids, data keys and digests to receipts, after the PNGs are written."""
 
     def __init__(self, context: StageContext) -> None:
         self.context = context
@@ -325,7 +325,11 @@ class _WritePngs:
     def __call__(self, table: pa.Table) -> pa.Table:
         (item,) = table.to_pylist()
         store = cached_store(self.context.job_url, self.context.job_storage)
-        data = store.read(item["key"])
+        try:
+            data = read_pinned(store, item["key"], item["sha256"])
+        except DamagedError as error:
+            message = f"{error}; see `segformer3d verify`"
+            raise JobError(message) from error
         write_png_tree(store, data)
         mark_png_done(store, self.context.layout, item["shard_id"])
         receipt = ShardReceipt(

@@ -7,6 +7,7 @@ Shape legend: T frames of a shard that decoded, h and w the model's input size i
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, cast
@@ -20,6 +21,7 @@ from pipeline.typed import KNOWN_FIELDS_ONLY, from_json
 
 AssetKind = Literal["image", "video", "tar"]
 _INT64 = 1 << 63
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 UInt8Array = npt.NDArray[np.uint8]
 UInt16Array = npt.NDArray[np.uint16]
 Float32Array = npt.NDArray[np.float32]
@@ -330,6 +332,9 @@ class CommitRecord:
             raise ValueError(message) from error
         if not record.files:
             message = "malformed commit record: it names no data"
+            raise ValueError(message)
+        if not all(_DIGEST.fullmatch(file.sha256) for file in record.files):
+            message = "malformed commit record: a sha256 is none"
             raise ValueError(message)
         numbers = [record.shard_id, record.num_rows, record.num_ok]
         numbers += [file.size_bytes for file in record.files]

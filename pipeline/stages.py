@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 _DRAIN_CHECK_S = 1.0
 # What libraries below torch report of a failed device is no AcceleratorError.
 _DEVICE_FAULTS = ("CUDA error", "cuDNN error", "CUDA driver error", "Triton Error [CUDA]")
-_NO_FAULT = "Triton Error [CUDA]: out of memory"
 _EXACT_IN_FLOAT32 = 2**24  # OpenCV counts in float32, ten times as fast as NumPy
 
 
@@ -258,11 +257,12 @@ def is_device_lost(error: BaseException) -> bool:
     """Whether a GPU has failed so that this process can never use it again."""
     from torch import AcceleratorError
 
-    if isinstance(error, AcceleratorError):
-        return True
-    said = str(error)
-    is_fault = said.startswith(_DEVICE_FAULTS) and not said.startswith(_NO_FAULT)
-    return isinstance(error, RuntimeError) and is_fault
+    from segformer3d.predictor import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return False
+    is_fault = isinstance(error, RuntimeError) and str(error).startswith(_DEVICE_FAULTS)
+    return is_fault or isinstance(error, AcceleratorError)
 
 
 class PublishShard:

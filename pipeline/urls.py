@@ -116,8 +116,11 @@ def check_endpoint(url: str) -> None:
         or parts.scheme not in WEB_SCHEMES
         or not parts.hostname
         or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
     ):
-        raise UserError("the S3 endpoint must look like https://host[:port], without a user")
+        message = "the S3 endpoint must look like https://host[:port], without a user or a query"
+        raise UserError(message)
 
 
 def check_web_url(url: str) -> SplitResult:

@@ -22,6 +22,9 @@ DEPTH_INVALID = 0
 DEPTH_CODE_MAX = 65535
 METRIC_SCALE = 256.0  # codes per metre, as in KITTI
 
+BLOCKS_MAX = 1000
+WIDTH_MAX = 1 << 16
+_TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _CUSTOM_MIT = re.compile(r"mit:(\d+(?:,\d+){3}):(\d+(?:,\d+){3})")
 
 
@@ -75,6 +78,10 @@ def mit_size(variant: str) -> MitSize:
             )
     if 0 in size.depths:
         raise ValueError(f"model variant {variant!r}: every stage needs at least one block")
+    if max(size.depths) > BLOCKS_MAX or max(size.embed_dims) > WIDTH_MAX:
+        raise ValueError(
+            f"model variant {variant!r}: at most {BLOCKS_MAX} blocks a stage of width {WIDTH_MAX}"
+        )
     return size
 
 
@@ -121,10 +128,17 @@ class ModelConfig:
     depth_activation: Literal["identity", "exp"] = "identity"
 
     def __post_init__(self) -> None:
-        if not self.timm_name:
+        _check_types(self)
+        if not self.variant.startswith("timm:"):
             mit_size(self.variant)
-        if self.head_width < 1:
-            raise ValueError(f"head_width must be at least 1, not {self.head_width}")
+        # Names with a colon or a slash make timm look on the network.
+        elif _TIMM_NAME.fullmatch(self.timm_name) is None:
+            raise ValueError(f"{self.variant!r}: a timm encoder has a name like resnet18")
+        if not 1 <= self.head_width <= WIDTH_MAX:
+            raise ValueError(f"head_width must be 1 to {WIDTH_MAX}, not {self.head_width}")
+        for eps in (self.patch_norm_eps, self.block_norm_eps, self.head_norm_eps):
+            if not 0 < eps < 1:
+                raise ValueError(f"a norm's eps must be between 0 and 1, not {eps}")
         if self.num_classes is not None and not 1 <= self.num_classes <= 255:
             raise ValueError(f"num_classes must be 1 to 255 or null, not {self.num_classes}")
         if self.depth_activation not in ("identity", "exp"):
@@ -289,6 +303,10 @@ class WeightsInfo:
     quality: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.training_data, str) and isinstance(self.terms, str)):
+            raise ValueError("training_data and terms are text")
+        if not all(type(value) in (int, float) for value in dict(self.quality).values()):
+            raise ValueError("quality holds numbers by name")
         if self.short_side_px is not None and self.short_side_px < 1:
             raise ValueError(f"short_side_px must be positive or null, not {self.short_side_px}")
         if self.config.has_depth != (self.depth_codec is not None):
@@ -322,6 +340,25 @@ class WeightsInfo:
             terms=values["terms"],
             quality=values["quality"],
         )
+
+
+def _check_types(value: ModelConfig) -> None:
+    """Refuse a field that is not what it says: it may come from anybody's file."""
+    eps = (int, float)
+    kinds: dict[str, tuple[type, ...]] = {
+        "variant": (str,),
+        "head_width": (int,),
+        "num_classes": (int, type(None)),
+        "has_depth": (bool,),
+        "patch_norm_eps": eps,
+        "block_norm_eps": eps,
+        "head_norm_eps": eps,
+        "depth_activation": (str,),
+    }
+    for name, allowed in kinds.items():
+        if type(getattr(value, name)) not in allowed:
+            words = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{name} must be {words}, not {getattr(value, name)!r}")
 
 
 def _exact(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ _LOWS = 3
 _PIXELS, _CHANNELS = 32, 64
 _TILE, _HIDDEN = 64, 64
 _ROW = 256
+# With more stages Triton keeps tiles of all maps in shared memory, more than there is from 64
+# channels on; four warps would spill registers.
+HEADS_LAUNCH = {"num_stages": 1, "num_warps": 8}
 
 
 @triton.jit
@@ -216,7 +219,7 @@ def fused_heads(
         outs_boq, numbers,
         h, w, *sides, c, weight_cn.shape[1], outputs, classes,
         CHANNELS=max(16, triton.next_power_of_2(c)), TILE=_TILE, HIDDEN=_HIDDEN,
-        OUTPUTS=OUTPUTS_PADDED,
+        OUTPUTS=OUTPUTS_PADDED, **HEADS_LAUNCH,
     )  # fmt: skip
     confidence, entropy, num_bad = numbers.sum(1).unbind(1)
     return outs_boq, confidence / (h * w), entropy / (h * w), num_bad

@@ -112,6 +112,8 @@ class Lanes:
         return lanes
 
     def _record(self, annotate: Annotate, key: Key) -> list[_Lane]:
+        from triton.errors import TritonError
+
         width, shape, size = key
         try:
             # A recording that fails may not give the stream back.
@@ -120,7 +122,11 @@ class Lanes:
                     _Lane((width, *shape), lambda pixels: annotate(pixels, size), self._device)
                     for _ in range(LANES)
                 ]
-        except RuntimeError as error:
+        except torch.OutOfMemoryError:
+            # Those of other shapes hold memory; the next call may try again.
+            self._lanes.clear()
+            return []
+        except (RuntimeError, TritonError) as error:
             # Raises if the device is lost; if it is not, the same goes without a recording.
             torch.cuda.synchronize(self._device)
             _log.warning("the GPU runs without recorded graphs: %s", error)

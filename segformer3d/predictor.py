@@ -177,9 +177,11 @@ class Predictor:
         try:
             yield from self._predict_micro_batches(frames, size)
             return
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             # What its traceback holds, nobody could free.
-            shortage = error.with_traceback(None)
+            shortage = torch.OutOfMemoryError(str(error))
         if self._lanes is not None and self._lanes.clear():
             return
         if micro_batch == 1:
@@ -267,15 +269,30 @@ def _gpu_network(
         network = GpuNetwork(model, heads)
         device = next(model.parameters()).device
         with torch.inference_mode(), torch.cuda.device(device):
-            network(torch.zeros(1, 3, SIDE_MULTIPLE, SIDE_MULTIPLE, device=device), (1, 1))
+            # Triton compiles anew for sides of 1 and for sides that 16 divides: both, while what
+            # cannot be compiled can still be done without.
+            for side in (SIDE_MULTIPLE, 16 * SIDE_MULTIPLE):
+                network(torch.zeros(1, 3, side, side, device=device), (side, side))
             torch.cuda.synchronize(device)
     except torch.AcceleratorError:
         raise
-    except (TritonError, RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
-        # Triton builds its launcher with a C compiler, which not every machine has.
+    except (
+        *(TritonError, RuntimeError, ValueError, OSError, AssertionError),
+        subprocess.SubprocessError,
+    ) as error:
+        # Triton builds its launcher with a C compiler, which not every machine has; it asserts
+        # that there is a driver.
         _log.warning("the GPU runs without fused kernels: %s", error)
         return None
     return network
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device is merely full; cuBLAS, Triton and the driver say so in their own words."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "ALLOC_FAILED" in said)
+    )
 
 
 def _predictions(said: Sequence[Any]) -> Predictions:

@@ -61,7 +61,12 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - safe  # nosec B506
-    except (yaml.YAMLError, ValueError) as error:
-        raise StrictYamlError(f"not YAML: {' '.join(str(error).split())}") from None
+    # What PyYAML's constructors raise of a tag or a number that is none.
+    except (
+        *(yaml.YAMLError, ValueError, TypeError),
+        *(LookupError, AttributeError, ArithmeticError),
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StrictYamlError(f"not YAML: {reason}") from None
     except RecursionError:
         raise StrictYamlError("not YAML: nested too deeply") from None

@@ -107,7 +107,7 @@ def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
         )
     try:
         return WeightsInfo.from_dict(json.loads(entry))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise WeightsError(f"its description cannot be read by this version: {error}") from error
 
 
@@ -521,6 +521,6 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     length = int.from_bytes(file.read(8), "little")
     try:
         header = json.loads(file.read(min(length, HEADER_BYTES_MAX)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError("not a safetensors file: convert it with `weights import`") from error
     return header if isinstance(header, dict) else {}

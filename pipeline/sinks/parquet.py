@@ -44,6 +44,8 @@ SCHEMA = pa.schema(
         pa.field("longitude", pa.float64()),
     ]
 )
+# What any file may unpack to.
+_UNPACKED_BYTES = 256 << 20
 _UNCOMPRESSED = ("class_ids.bytes", "depth.bytes")
 
 
@@ -92,13 +94,24 @@ def parse_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """The table of a whole Parquet file.
 
     Raises:
-        ValueError: If the bytes are none; the message is one line.
+        ValueError: If the bytes are none, or would fill the memory; the message is one line.
     """
     try:
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        _check_weight(file.metadata, len(data))
+        return file.read(columns=columns)
     except (pa.ArrowException, *DAMAGE) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(message) from error
+
+
+def _check_weight(metadata: pq.FileMetaData, num_bytes: int) -> None:
+    """Refuse a small file that says that it is a large table; ours are not packed like that."""
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    unpacked = sum(group.total_byte_size for group in groups)
+    if metadata.num_rows > num_bytes or unpacked > max(_UNPACKED_BYTES, 64 * num_bytes):
+        message = f"{num_bytes} bytes that say they are {metadata.num_rows} rows, {unpacked} bytes"
+        raise ValueError(message)
 
 
 def _rows(shard: AnnotatedShard, *, depth_at_asset_size: bool) -> Iterator[dict[str, Any]]:

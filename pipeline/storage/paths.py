@@ -57,7 +57,11 @@ def compile_glob(pattern: str) -> Pattern[str]:
     ``*`` and ``?`` stay within a segment, ``**`` as a whole segment spans any number of them
     (none included), ``[...]`` and ``[!...]`` are character sets.
     """
-    segments = pattern.split("/")
+    # Two of them in a row say no more than one.
+    segments: list[str] = []
+    for segment in pattern.split("/"):
+        if segments[-1:] != ["**"] or segment != "**":
+            segments.append(segment)
     last = len(segments) - 1
     expression = ""
     for index, segment in enumerate(segments):
@@ -75,15 +79,24 @@ def literal_glob(segment: str) -> str | None:
 
 
 def _translate(segment: str) -> str:
-    parts = _WILDCARD.split(segment)
-    return "".join(
-        _wildcard(part) if index % 2 else re.escape(part) for index, part in enumerate(parts)
-    )
+    """What lies between two stars has one length, so its first place is as good as any later one.
+
+    Hence atomic groups, without which names would be tried in exponentially many ways.
+    """
+    between = [""]
+    for index, part in enumerate(_WILDCARD.split(segment)):
+        if index % 2 and part[0] == "*":
+            between.append("")
+        else:
+            between[-1] += _wildcard(part) if index % 2 else re.escape(part)
+    first, *others = between
+    if not others:
+        return first
+    middle = "".join(f"(?>[^/]*?{part})" for part in others[:-1] if part)
+    return f"{first}{middle}[^/]*{others[-1]}"
 
 
 def _wildcard(part: str) -> str:
-    if part[0] == "*":
-        return "[^/]*"
     if part == "?":
         return "[^/]"
     # Of "(?s:[...])\\Z" the set itself.

@@ -1,6 +1,6 @@
 """Thousands of mutated files through probing, slicing and decoding, as a job does it.
 
-Reproducible by the seed; ``FUZZ_FILES`` says how many files the slow suite takes.
+Reproducible by the seed.
 """
 
 import gc

@@ -60,7 +60,7 @@ def read_alone(store, plan, key, data):
     try:
         if "/plan/" in key:
             (part,) = (part for part in plan.parts if part.key == key)
-            read_part(store, replace(part, sha256=""))
+            read_part(store, replace(part, sha256=None))
             return ""
         for row in read_rows(data):
             if row.get("class_ids"):

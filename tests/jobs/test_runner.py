@@ -117,7 +117,7 @@ def test_a_damaged_plan_stops_the_run_and_is_named(tmp_path, said, message):
     manifest = Manifest.load(job.store, Generation(), plan.plan_id, plan.num_shards)
     (part,) = pending_parts(plan, manifest, backwards=False)
     if said == "by an old plan":
-        part = dataclasses.replace(part, sha256="")
+        part = dataclasses.replace(part, sha256=None)
     read_plan = graph._ReadPlan(job.context())
     table = pa.Table.from_pylist([dataclasses.asdict(part)])
     assert read_plan(table)["shard_id"].to_pylist() == list(part.shard_ids)

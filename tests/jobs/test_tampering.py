@@ -1,8 +1,6 @@
-"""Whatever is done to an object of a finished job, `verify` says so, and nothing crashes.
+"""Whatever is done to an object of a finished job, `verify` says so, and nothing crashes."""
 
-``TAMPERINGS`` says how many the slow suite tries.
-"""
-
+import json
 from collections import Counter
 from contextlib import suppress
 
@@ -16,6 +14,7 @@ from jobs.status import find_jobs, job_status
 from jobs.verify import verify_job
 from pipeline.errors import Segformer3dError
 from pipeline.layout import LEASE_PREFIX, MANIFEST_PREFIX, PROBE_PREFIX, Generation
+from pipeline.records import canonical_json
 from pipeline.storage import StorageOptions
 from tests.budget import Share
 from tests.jobs.job_parts import make_job
@@ -31,14 +30,29 @@ NEWS = (LEASE_PREFIX, PROBE_PREFIX)
 @pytest.fixture
 def job(tmp_path):
     """A finished job with everything that one may hold."""
-    made = make_job(tmp_path, num_images=5)
-    made.publish(range(made.plan.num_shards))
+    made = published(tmp_path)
     manifest = Manifest.load(made.store, GENERATION, made.plan.plan_id, made.plan.num_shards).seal()
     write_success(made.store, GENERATION, made.plan, list(manifest.records()))
     lease = take_lease(made.store)
     mark_cancelled(made.store, lease)
     assert verify(made).is_complete
     return made
+
+
+def published(folder):
+    made = make_job(folder, num_images=5)
+    made.publish(range(made.plan.num_shards))
+    return made
+
+
+@pytest.mark.parametrize("value", [1, 10**6, "", "ab" * 32])
+def test_a_record_is_checked_where_no_snapshot_says_it_again(tmp_path, value):
+    made = published(tmp_path)
+    key = GENERATION.commit_key(0)
+    record = json.loads(made.store.read(key))
+    record["files"][0]["size_bytes" if isinstance(value, int) else "sha256"] = value
+    made.store.put(key, canonical_json(record))
+    assert is_noticed(made)
 
 
 def verify(job):

@@ -127,7 +127,7 @@ def test_whatever_is_broken_is_named_and_the_rest_is_checked(job, key, data, nam
 
 
 def test_a_record_that_points_elsewhere(job):
-    file = {"path": "../../x", "size_bytes": 1, "sha256": ""}
+    file = {"path": "../../x", "size_bytes": 1, "sha256": "0f" * 32}
     rewrite_record(job, lambda fields: fields.update(files=[file]))
     assert "../../x" in findings(job).faults[0]
 

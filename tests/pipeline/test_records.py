@@ -124,7 +124,7 @@ RECORD = CommitRecord(
     shard_id=5,
     plan_id="p",
     attempt="a" * 32,
-    files=(DataFile(path="data/x.parquet", size_bytes=3, sha256="00"),),
+    files=(DataFile(path="data/x.parquet", size_bytes=3, sha256="0f" * 32),),
     num_rows=2,
     num_ok=1,
     quarantined=(("ä\n.jpg", 0, "corrupt", "no image"),),
@@ -149,6 +149,10 @@ def test_malformed_commit_record(data):
         *(("plan_id", value) for value in (None, 5, 1.5, [], {}, float("nan"))),
         *(("num_rows", value) for value in ("2", 2.0, True, None, 1 << 63, 10**400)),
         *(("quarantined", [["a", value, "k", "r"]]) for value in (float("inf"), "0", None)),
+        *(
+            ("files", [{"path": "x", "size_bytes": 1, "sha256": value}])
+            for value in ("", None, "0f")
+        ),
         *(("files", value) for value in ([], [{}], [5], [{"path": "x", "size_bytes": 1}])),
         ("something", "new"),
     ],

@@ -175,3 +175,23 @@ def test_weights_info_wants_a_codec_with_a_depth_head_only():
         WeightsInfo(
             config=ModelConfig(has_depth=False), depth_codec=METRIC_DEPTH, training_data="x"
         )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            ("variant", value)
+            for value in (None, 5, "timm:hf-hub:user/model", "timm:../x", "timm:")
+        ),
+        ("variant", "mit:16,32,80,128:1000000,1,1,1"),
+        *(("head_width", value) for value in (True, "x", 0, 10**30, 2.0)),
+        *(("num_classes", value) for value in (True, 0, "19")),
+        *(("block_norm_eps", value) for value in (None, "x", -1, 0, 2, float("nan"))),
+        ("has_depth", 1),
+    ],
+)
+def test_a_field_from_anybody_s_file_is_refused_in_one_line(field, value):
+    fields = ModelConfig().to_dict() | {field: value}
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        ModelConfig.from_dict(fields)

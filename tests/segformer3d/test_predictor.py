@@ -275,10 +275,19 @@ def test_threads_are_set():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("size", [None, (50, 77)])
-def test_gpu_agrees_with_cpu(size, caplog):
-    model, info = model_and_info()
-    frames = frames_of(30)
+@pytest.mark.parametrize(
+    ("variant", "size", "pixels"),
+    [
+        (CONFIG.variant, None, (64, 96)),
+        (CONFIG.variant, (50, 77), (64, 96)),
+        # As wide at the finest map as B0, and as all others.
+        ("mit:32,64,160,256:1,1,1,1", None, (512, 1024)),
+        ("mit:64,128,320,512:1,1,1,1", None, (256, 512)),
+    ],
+)
+def test_gpu_agrees_with_cpu(variant, size, pixels, caplog):
+    model, info = model_and_info(ModelConfig(**vars(CONFIG) | {"variant": variant}))
+    frames = frames_of(30, *pixels)
     expected = Predictor(model, info, device="cpu").predict(frames, class_ids_size=size)
     predictor = Predictor(model, info, device="cuda")
     assert predictor._lanes is not None
@@ -289,6 +298,7 @@ def test_gpu_agrees_with_cpu(size, caplog):
         np.testing.assert_allclose(actual.entropy_mean, expected.entropy_mean[:count], rtol=0.05)
         depth = expected.depth[:count].astype(float)
         assert np.median(np.abs(actual.depth - depth)) < 0.05 * np.median(depth)
+    assert predictor._lanes._lanes
     assert not caplog.records
 
 

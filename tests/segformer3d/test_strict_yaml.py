@@ -46,6 +46,8 @@ def test_plain_data_is_read(text, expected):
         "[" * 5000,
         "a: [",
         "a: b: c",
+        *("!!int ''", "!!float ''", "!!bool abc", "!!timestamp abc", "!!int []"),
+        "a: 1" + ":59" * 2000 + ".5",
         "\x00",
         "--- a\n--- b",
     ],
