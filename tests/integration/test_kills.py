@@ -164,7 +164,8 @@ def survive(
     job = job_of(reference.archive, reference.weights, url, said)
     with job.nothing_left():
         kills = plan_kills(phases, rng)
-        for number in SHARE.rounds(len(kills)):
+        numbers = SHARE.rounds(len(kills)) if phases == MANY else range(len(kills))
+        for number in numbers:
             kill = kills[number]
             kept = job.commits()
             driver = start_again(job, rng)

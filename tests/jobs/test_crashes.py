@@ -4,14 +4,14 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 import jobs.verify  # noqa: F401 - whose ranges are to be small, too
-from tests.budget import Share
+from tests.budget import Share, never
 from tests.jobs import crash_points
 from tests.jobs.crash_jobs import (
     CONTESTED,
@@ -145,24 +145,27 @@ def _say(where: str, scenario: Scenario, points: list[Point], num_points: int) -
 
 
 def test_a_few_random_kills(reference: Reference, tmp_path: Path) -> None:
-    _kill_at_random(reference, tmp_path, 8, random.Random(SEED), KILLS_SHARE)
+    _kill_at_random(reference, tmp_path, 8, random.Random(SEED))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(KILLS_SHARE.timeout_s)
 def test_random_kills(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     large = make_reference(tmp_path_factory.mktemp("large"), num_frames=16, num_stills=8)
-    _kill_at_random(large, tmp_path, NUM_KILLS, random.Random(SEED + 1), KILLS_SHARE)
+    _kill_at_random(large, tmp_path, NUM_KILLS, random.Random(SEED + 1), KILLS_SHARE.clock())
 
 
 def _kill_at_random(
-    reference: Reference, folder: Path, num_kills: int, rng: random.Random, share: Share
+    reference: Reference,
+    folder: Path,
+    num_kills: int,
+    rng: random.Random,
+    is_over: Callable[[], bool] = never,
 ) -> None:
     """Kill drivers at random times, as many jobs as it takes, each resumed until it is done."""
     whole_s = _duration_s(reference.job(str(folder / "undisturbed")))
     landed: Counter[str] = Counter()
     num_jobs = 0
-    is_over = share.clock()
     while landed.total() < num_kills and not is_over():
         job = reference.job(str(folder / f"job-{num_jobs}"))
         num_jobs += 1
