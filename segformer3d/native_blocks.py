@@ -49,20 +49,21 @@ def layer_norm(x_nc: F32, shift_c: F32, scale_c: F32, bias_c: F32, eps: float, o
     """
     number, channels = x_nc.shape
     share = _ONE / np.float32(channels)
-    row = np.empty(channels, np.float32)
     for n in range(number):
+        # A loop that sums and stores is compiled twice, in vectors and, for where arrays might
+        # overlap, one by one; which one runs hangs on addresses, and they round differently.
         total = np.float32(0)
         for c in range(channels):
-            value = x_nc[n, c] + shift_c[c]
-            row[c] = value
-            total += value
+            total += x_nc[n, c] + shift_c[c]
         mean = total * share
         squares = np.float32(0)
         for c in range(channels):
-            squares += (row[c] - mean) * (row[c] - mean)
+            value = x_nc[n, c] + shift_c[c] - mean
+            squares += value * value
         factor = _ONE / np.sqrt(squares * share + np.float32(eps))
         for c in range(channels):
-            out_nc[n, c] = (row[c] - mean) * factor * scale_c[c] + bias_c[c]
+            value = x_nc[n, c] + shift_c[c] - mean
+            out_nc[n, c] = value * factor * scale_c[c] + bias_c[c]
 
 
 @partial(compiled, reassociate=True)

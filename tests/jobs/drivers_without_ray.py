@@ -51,10 +51,12 @@ def annotate(
             yield publish.publish(job.annotated(shards[shard_id]))
 
 
-def draw(context: StageContext, data_keys: Sequence[tuple[int, str]]) -> Iterator[ShardReceipt]:
+def draw(
+    context: StageContext, data_keys: Sequence[tuple[int, str, str]]
+) -> Iterator[ShardReceipt]:
     """What the graph of the PNGs does."""
     store = context.store()
-    for shard_id, key in data_keys:
+    for shard_id, key, _ in data_keys:
         write_png_tree(store, store.read(key))
         mark_png_done(store, context.layout, shard_id)
         yield ShardReceipt(shard_id=shard_id, won=False, num_rows=0, num_ok=0, size_bytes=0)

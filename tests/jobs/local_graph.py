@@ -184,12 +184,12 @@ def _receipts(
 
 
 def _run_png_graph(
-    context: StageContext, data_keys: Sequence[tuple[int, str]]
+    context: StageContext, data_keys: Sequence[tuple[int, str, str]]
 ) -> Iterator[ShardReceipt]:
     write = graph._WritePngs(context)
     with _raised_as_ray_does():
-        for shard_id, key in data_keys:
-            receipts = write(pa.table({"shard_id": [shard_id], "key": [key]}))
+        for shard_id, key, sha256 in data_keys:
+            receipts = write(pa.table({"shard_id": [shard_id], "key": [key], "sha256": [sha256]}))
             yield from ShardReceipt.all_from_table(receipts)
 
 

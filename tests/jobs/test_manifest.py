@@ -28,7 +28,7 @@ def commit(store, shard_ids, plan_id=PLAN_ID):
             shard_id=shard_id,
             plan_id=plan_id,
             attempt=f"{shard_id:032x}",
-            files=(DataFile(path=f"data/{shard_id}.parquet", size_bytes=1, sha256="00"),),
+            files=(DataFile(path=f"data/{shard_id}.parquet", size_bytes=1, sha256="0f" * 32),),
             num_rows=2,
             num_ok=1,
             quarantined=(("a.jpg", shard_id, "corrupt", "broken"),),

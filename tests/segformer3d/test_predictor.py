@@ -1,6 +1,7 @@
 import gc
 import weakref
 from dataclasses import fields, replace
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -357,3 +358,22 @@ def test_a_watched_model_runs_its_own_modules_and_one_nobody_holds_is_let_go():
     gc.collect()
     assert gone() is None
     assert_same_predictions(predictor.predict(frames), unwatched)
+
+
+def test_equal_frames_have_equal_outputs_whatever_thread_and_memory():
+    """A resume, a retry and another worker must say the same of a frame, to the last bit."""
+    predictor = Predictor(*model_and_info(), threads=1)
+    frames = frames_of(1, 256, 384)
+    expected = predictor.predict(frames)
+    found = []
+
+    def run():
+        found.extend(predictor.predict(frames) for _ in range(3))
+
+    for _ in range(60):
+        thread = Thread(target=run)
+        thread.start()
+        thread.join()
+    for said in found:
+        for field in fields(said):
+            assert np.array_equal(getattr(said, field.name), getattr(expected, field.name))

@@ -734,10 +734,10 @@ def _run_graph(
 
 
 def _run_png_graph(
-    context: stages.StageContext, data_keys: Sequence[tuple[int, str]]
+    context: stages.StageContext, data_keys: Sequence[tuple[int, str, str]]
 ) -> Iterator[ShardReceipt]:
     store = context.store()
-    for shard_id, key in data_keys:
+    for shard_id, key, _ in data_keys:
         try:
             stages.write_png_tree(store, store.read(key))
             stages.mark_png_done(store, context.layout, shard_id)
