@@ -156,7 +156,7 @@ def test_two_workers_of_ray_train_are_one_process(origin, tmp_path):
     process, heard = start(arguments), set()
     while process.poll() is None:
         heard |= listening(process.pid)
-        time.sleep(0.05)
+        time.sleep(1)  # a look at all its processes takes a while
     together, err = finish(process)
     assert "127.0.0.1" in heard
     assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

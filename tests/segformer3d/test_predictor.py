@@ -370,7 +370,7 @@ def test_equal_frames_have_equal_outputs_whatever_thread_and_memory():
     def run():
         found.extend(predictor.predict(frames) for _ in range(3))
 
-    for _ in range(60):
+    for _ in range(40):
         thread = Thread(target=run)
         thread.start()
         thread.join()
