@@ -33,6 +33,7 @@ from pipeline.stages import (
     is_device_lost,
     mark_png_done,
 )
+from pipeline.storage import Store
 
 # Decode and publish are short beside the model, and all of them must fit beside the actors: if
 # decode could take everything that these leave, nothing would be published, so nothing committed,
@@ -296,6 +297,15 @@ class _WholeActor:
         return self._publish(self._model.submit(self._annotate, decoded).result())
 
 
+def _read_committed(store: Store, key: str, sha256: str | None) -> bytes:
+    """As ``read_pinned``, with what to do about it."""
+    try:
+        return read_pinned(store, key, sha256)
+    except DamagedError as error:
+        message = f"{error}; see `segformer3d verify`"
+        raise JobError(message) from error
+
+
 class _ReadPlan:
     """A part's key and pending shard ids to rows of ``PLAN_SCHEMA``."""
 
@@ -305,11 +315,9 @@ class _ReadPlan:
     def __call__(self, table: pa.Table) -> pa.Table:
         (item,) = table.to_pylist()
         key = item["key"]
+        data = _read_committed(self.context.store(), key, item["sha256"])
         try:
-            plan = parse_parquet(read_pinned(self.context.store(), key, item["sha256"]))
-        except DamagedError as error:
-            message = f"{error}; see `segformer3d verify`"
-            raise JobError(message) from error
+            plan = parse_parquet(data)
         except ValueError as error:
             message = f"{key}: cannot be read: {error}; see `segformer3d verify`"
             raise JobError(message) from error
@@ -325,11 +333,7 @@ class _WritePngs:
     def __call__(self, table: pa.Table) -> pa.Table:
         (item,) = table.to_pylist()
         store = cached_store(self.context.job_url, self.context.job_storage)
-        try:
-            data = read_pinned(store, item["key"], item["sha256"])
-        except DamagedError as error:
-            message = f"{error}; see `segformer3d verify`"
-            raise JobError(message) from error
+        data = _read_committed(store, item["key"], item["sha256"])
         write_png_tree(store, data)
         mark_png_done(store, self.context.layout, item["shard_id"])
         receipt = ShardReceipt(
