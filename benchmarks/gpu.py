@@ -36,6 +36,7 @@ from benchmarks.model import (
 )
 from benchmarks.origin_eager import OriginEager, origin_network
 from segformer3d.config import ModelConfig, mit_size
+from segformer3d.gpu_lanes import CALLS_TO_RECORD
 from segformer3d.heads import FoldedHeads
 from segformer3d.predictor import Predictor
 
@@ -82,6 +83,10 @@ def main() -> None:
     rates = matrix_rate(device), copy_rate(device)
     said = _Listener()
     logging.getLogger("segformer3d").addHandler(said)
+    if given.profile:
+        for variant in given.variants.split(","):
+            print("\n".join(profile(variant, parse_size(given.sizes.split(",")[0]), given)))
+        return
     if not given.json:
         print("\n".join(heading(device, rates)), flush=True)
     for variant in tqdm(given.variants.split(","), file=sys.stderr, delay=2.0, leave=False):
@@ -109,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", default="mit_b0,mit_b3,mit_b5")
     parser.add_argument("--sizes", default="512x1024,1024x2048")
-    parser.add_argument("--frames", type=int, default=64, help="a call; default: 64")
+    parser.add_argument("--frames", type=int, default=256, help="a call; default: 256")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--micro-batch", type=int, help="default: the Predictor's own")
     parser.add_argument("--device", default="cuda", help="default: cuda; cpu tries the script out")
@@ -117,7 +122,15 @@ def _arguments() -> argparse.Namespace:
         "--transformers", default="mit_b0", help="variants; each size compiles for a minute or more"
     )
     parser.add_argument("--json", action="store_true", help="an object a line")
-    return parser.parse_args()
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="where ours spends its time at the first size, instead",
+    )
+    given = parser.parse_args()
+    if given.profile and given.device == "cpu":
+        parser.error("--profile needs a GPU")
+    return given
 
 
 def measure(
@@ -156,6 +169,24 @@ def measure(
         floor_operations=rates[0] / operations,
         floor_traffic=rates[1] / moved,
     )
+
+
+def profile(variant: str, size: tuple[int, int], given: argparse.Namespace) -> Iterator[str]:
+    """Markdown of the kernels of ours, longest first."""
+    model, info = random_model(ModelConfig(variant=variant, head_width=256))
+    predictor = Predictor(model, info, device=given.device, micro_batch=given.micro_batch)
+    drawn = make_frames(size)
+    frames = np.concatenate([drawn[turn % len(drawn)] for turn in range(given.frames)])
+    for _ in range(CALLS_TO_RECORD + 1):
+        predictor.predict(frames)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        predictor.predict(frames)
+    yield f"| {variant} {size[0]}x{size[1]}: us a frame | calls | |"
+    yield "|---|---|---|"
+    kernels = sorted(profiler.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    for kernel in kernels:
+        us = kernel.device_time_total / len(frames)
+        yield f"| {us:.2f} | {kernel.count} | `{kernel.key[:80]}` |"
 
 
 def _ours(predictor: Predictor, frames: Frames) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Triton kernels of the model's GPU path: depthwise convolution, the heads' last steps, class ids.
+"""Triton kernels of the heads' GPU path: their last steps, and class ids.
 
 Compiled by Triton when first called (seconds), and kept in its cache from then on.
 
@@ -20,66 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 OUTPUTS_PADDED = 32  # a tile of the tensor cores holds at least 16
-_LOWS = 3
-_PIXELS, _CHANNELS = 32, 64
-_TILE, _HIDDEN = 64, 64
+# A tile's rows divide the finest map's, which are multiples of 8.
+HEADS = {"ROWS": 8, "COLUMNS": 16, "HIDDEN": 64, "num_warps": 8, "num_stages": 2}
+IDS = {"CELLS": 128, "num_warps": 4}  # at the usual size, four times that of the grid
 _ROW = 256
-# With more stages Triton keeps tiles of all maps in shared memory, more than there is from 64
-# channels on; four warps would spill registers.
-HEADS_LAUNCH = {"num_stages": 1, "num_warps": 8}
-
-
-@triton.jit
-def _depthwise_gelu(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, height, width, channels,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    y = row % height
-    xs = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-    cs = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    known_c = cs < channels
-    sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for dy in tl.static_range(3):
-        is_row = (y + dy - 1 >= 0) & (y + dy - 1 < height)
-        line = x_ptr + (row + dy - 1) * width * channels
-        for dx in tl.static_range(3):
-            at = xs + dx - 1
-            is_in = is_row & (at >= 0) & (at < width)
-            value = tl.load(
-                line + at[:, None] * channels + cs[None, :],
-                mask=is_in[:, None] & known_c[None, :],
-                other=0.0,
-            )
-            weight = tl.load(weight_ptr + (dy * 3 + dx) * channels + cs, mask=known_c, other=0.0)
-            sums += value.to(tl.float32) * weight[None, :]
-    sums += tl.load(bias_ptr + cs, mask=known_c, other=0.0)[None, :]
-    active = 0.5 * sums * (1.0 + tl.erf(sums * 0.7071067811865476))
-    tl.store(
-        out_ptr + row * width * channels + xs[:, None] * channels + cs[None, :],
-        active.to(out_ptr.dtype.element_ty),
-        mask=(xs < width)[:, None] & known_c[None, :],
-    )
-
-
-def depthwise_gelu(x_bhwc: Tensor, weight_9c: Tensor, bias_c: Tensor) -> Tensor:
-    """GELU of a depthwise 3x3 convolution with padding 1 and a bias, in one pass.
-
-    Args:
-        x_bhwc: (B, H, W, C), contiguous, of any float type.
-        weight_9c: float32 (9, C), the taps row by row.
-        bias_c: float32 (C,).
-
-    Returns:
-        (B, H, W, C) of the type of `x_bhwc`.
-    """
-    b, h, w, c = x_bhwc.shape
-    out_bhwc = torch.empty_like(x_bhwc)
-    grid = (b * h, triton.cdiv(w, _PIXELS), triton.cdiv(c, _CHANNELS))
-    _depthwise_gelu[grid](
-        x_bhwc, weight_9c, bias_c, out_bhwc, h, w, c, PIXELS=_PIXELS, CHANNELS=_CHANNELS
-    )
-    return out_bhwc
 
 
 @triton.jit
@@ -95,39 +39,73 @@ def _corners(place, size, low_size):
 
 
 @triton.jit
-def _add_resized(sums, low_ptr, b, ys, xs, height, width, low_h, low_w, ns, is_in, hidden):
-    top, bottom, down = _corners(ys, height, low_h)
-    left, right, along = _corners(xs, width, low_w)
-    low_ptr += b * low_h * low_w * hidden + ns[None, :]
-    upper_left = tl.load(low_ptr + ((top * low_w + left) * hidden)[:, None], mask=is_in, other=0.0)
-    sums += upper_left.to(tl.float32) * ((1 - down) * (1 - along))[:, None]
-    upper_right = tl.load(
-        low_ptr + ((top * low_w + right) * hidden)[:, None], mask=is_in, other=0.0
+def _shares(
+    ys, xs, top, left, low_h, low_w,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AROUND: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """How much of each low pixel around a tile goes to each of the tile's pixels.
+
+    Also where these low pixels are, and which exist. Shares are multiples of 1 / 256 below 1,
+    which bfloat16 holds exactly.
+    """
+    rs = tl.arange(0, AROUND)
+    across: tl.constexpr = COLUMNS // SCALE + 2
+    low_y, low_x = top // SCALE - 1 + rs // across, left // SCALE - 1 + rs % across
+    is_low = (
+        (rs < (ROWS // SCALE + 2) * across)
+        & (low_y >= 0)
+        & (low_y < low_h)
+        & (low_x >= 0)
+        & (low_x < low_w)
     )
-    sums += upper_right.to(tl.float32) * ((1 - down) * along)[:, None]
-    lower_left = tl.load(
-        low_ptr + ((bottom * low_w + left) * hidden)[:, None], mask=is_in, other=0.0
+    down = tl.minimum(tl.maximum((ys + 0.5) / SCALE - 0.5, 0.0), low_h - 1.0)
+    along = tl.minimum(tl.maximum((xs + 0.5) / SCALE - 0.5, 0.0), low_w - 1.0)
+    of_row = tl.maximum(1.0 - tl.abs(down[:, None] - low_y[None, :]), 0.0)
+    of_column = tl.maximum(1.0 - tl.abs(along[:, None] - low_x[None, :]), 0.0)
+    return (of_row * of_column).to(DTYPE), low_y * low_w + low_x, is_low
+
+
+@triton.jit
+def _low(low_ptr, b, low_pixels, at, is_low, ns, is_n, hidden):
+    """Low pixels around a tile, some of their hidden channels."""
+    return tl.load(
+        low_ptr + (b * low_pixels + at)[:, None] * hidden + ns[None, :],
+        mask=is_low[:, None] & is_n[None, :],
+        other=0.0,
     )
-    sums += lower_left.to(tl.float32) * (down * (1 - along))[:, None]
-    lower_right = tl.load(
-        low_ptr + ((bottom * low_w + right) * hidden)[:, None], mask=is_in, other=0.0
-    )
-    sums += lower_right.to(tl.float32) * (down * along)[:, None]
-    return sums
 
 
 @triton.jit
 def _heads(
     finest_ptr, weight_ptr, low1_ptr, low2_ptr, low3_ptr, predict_ptr, predict_bias_ptr,
     out_ptr, numbers_ptr,
-    height, width, h1, w1, h2, w2, h3, w3, channels, hidden, outputs, classes,
-    CHANNELS: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr,
+    height, width, channels, hidden, outputs, classes,
+    AROUND1: tl.constexpr, AROUND2: tl.constexpr, AROUND3: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HIDDEN: tl.constexpr,
+    OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     pixels = height * width
-    qs = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    is_q = qs < pixels
-    ys, xs = qs // width, qs % width
+    across = tl.cdiv(width, COLUMNS)
+    top = tl.program_id(0) // across * ROWS
+    left = tl.program_id(0) % across * COLUMNS
+    tile = tl.arange(0, ROWS * COLUMNS)
+    ys, xs = top + tile // COLUMNS, left + tile % COLUMNS
+    qs = ys * width + xs
+    is_q = xs < width
+    dtype: tl.constexpr = finest_ptr.dtype.element_ty
+    h1, w1, h2, w2, h3, w3 = (
+        height // 2,
+        width // 2,
+        height // 4,
+        width // 4,
+        height // 8,
+        width // 8,
+    )
+    shares1, at1, is1 = _shares(ys, xs, top, left, h1, w1, 2, ROWS, COLUMNS, AROUND1, dtype)
+    shares2, at2, is2 = _shares(ys, xs, top, left, h2, w2, 4, ROWS, COLUMNS, AROUND2, dtype)
+    shares3, at3, is3 = _shares(ys, xs, top, left, h3, w3, 8, ROWS, COLUMNS, AROUND3, dtype)
     cs = tl.arange(0, CHANNELS)
     os = tl.arange(0, OUTPUTS)
     x_qc = tl.load(
@@ -135,27 +113,26 @@ def _heads(
         mask=is_q[:, None] & (cs < channels)[None, :],
         other=0.0,
     )
-    outs_qo = tl.zeros((TILE, OUTPUTS), tl.float32)
+    outs_qo = tl.zeros((ROWS * COLUMNS, OUTPUTS), tl.float32)
     for start in range(0, hidden, HIDDEN):
         ns = start + tl.arange(0, HIDDEN)
         is_n = ns < hidden
-        is_in = is_q[:, None] & is_n[None, :]
         weight_cn = tl.load(
             weight_ptr + cs[:, None] * hidden + ns[None, :],
             mask=(cs < channels)[:, None] & is_n[None, :],
             other=0.0,
         )
         sums = tl.dot(x_qc, weight_cn)
-        sums = _add_resized(sums, low1_ptr, b, ys, xs, height, width, h1, w1, ns, is_in, hidden)
-        sums = _add_resized(sums, low2_ptr, b, ys, xs, height, width, h2, w2, ns, is_in, hidden)
-        sums = _add_resized(sums, low3_ptr, b, ys, xs, height, width, h3, w3, ns, is_in, hidden)
+        # Resizing is a product too: of a tile's shares and the low pixels around it.
+        sums = tl.dot(shares1, _low(low1_ptr, b, h1 * w1, at1, is1, ns, is_n, hidden), sums)
+        sums = tl.dot(shares2, _low(low2_ptr, b, h2 * w2, at2, is2, ns, is_n, hidden), sums)
+        sums = tl.dot(shares3, _low(low3_ptr, b, h3 * w3, at3, is3, ns, is_n, hidden), sums)
         # A maximum with NaN may give 0, and what is not finite has to be seen at the end.
         sums = tl.where(sums < 0, 0.0, sums)
         predict_no = tl.load(
-            predict_ptr + ns[:, None] * OUTPUTS + os[None, :], mask=is_n[:, None], other=0.0
+            predict_ptr + ns[:, None] + os[None, :] * hidden, mask=is_n[:, None], other=0.0
         )
-        # In bfloat16 neighbouring logits would tie.
-        outs_qo = tl.dot(sums, predict_no, outs_qo, input_precision="tf32")
+        outs_qo = tl.dot(sums.to(dtype), predict_no, outs_qo)
     outs_qo += tl.load(predict_bias_ptr + os)[None, :]
     is_out = is_q[:, None] & (os < outputs)[None, :]
     tl.store(out_ptr + (b * outputs + os[None, :]) * pixels + qs[:, None], outs_qo, mask=is_out)
@@ -174,11 +151,17 @@ def _heads(
     tl.store(numbers_ptr + 2, tl.sum(tl.sum(is_bad.to(tl.float32), 1), 0))
 
 
+def _around(scale: int) -> int:
+    """Low pixels around a tile, as many as a power of two that the tensor cores take."""
+    count = (HEADS["ROWS"] // scale + 2) * (HEADS["COLUMNS"] // scale + 2)
+    return max(16, 1 << (count - 1).bit_length())
+
+
 def fused_heads(
     finest_bhwc: Tensor,
     lows_bhwn: Sequence[Tensor],
     weight_cn: Tensor,
-    predict_no: Tensor,
+    predict_on: Tensor,
     predict_bias_o: Tensor,
     *,
     outputs: int,
@@ -191,7 +174,8 @@ def fused_heads(
         lows_bhwn: The three other maps times their matrices, the heads' bias in one of them;
             contiguous, of the type of `finest_bhwc`.
         weight_cn: (C, N), of the same type.
-        predict_no: float32 (N, 32): column o is output o's weights, 0 for other heads' channels.
+        predict_on: (32, N) of the same type: row o is output o's weights, 0 for the hidden channels
+            of other heads.
         predict_bias_o: float32 (32,).
         outputs: How many of the 32 there are.
         classes: How many of those, the first, are logits; 0 if there are none.
@@ -201,25 +185,24 @@ def fused_heads(
         of the largest probability and of the entropy in nats; how many outputs are not finite.
 
     Raises:
-        ValueError: There are not three smaller maps, or more than 32 outputs.
+        ValueError: The smaller maps are not three of a half, a quarter and an eighth of its sides,
+            which have to be multiples of 8; or there are more than 32 outputs.
     """
-    if len(lows_bhwn) != _LOWS or not 0 < outputs <= OUTPUTS_PADDED:
-        raise ValueError(
-            f"{_LOWS} smaller maps and 1 to {OUTPUTS_PADDED} outputs are needed, "
-            f"not {len(lows_bhwn)} and {outputs}"
-        )
     b, h, w, c = finest_bhwc.shape
+    sizes = [(h // scale, w // scale) for scale in (2, 4, 8)]
+    if h % 8 or w % 8 or [tuple(low.shape[1:3]) for low in lows_bhwn] != sizes:
+        raise ValueError(f"maps of {sizes} are needed beside one of {(h, w)}, multiples of 8")
+    if not 0 < outputs <= OUTPUTS_PADDED:
+        raise ValueError(f"1 to {OUTPUTS_PADDED} outputs are needed, not {outputs}")
     first, second, third = lows_bhwn
-    tiles = triton.cdiv(h * w, _TILE)
+    tiles = triton.cdiv(h, HEADS["ROWS"]) * triton.cdiv(w, HEADS["COLUMNS"])
     outs_boq = finest_bhwc.new_empty((b, outputs, h, w), dtype=torch.float32)
     numbers = finest_bhwc.new_empty((b, tiles, 3), dtype=torch.float32)
-    sides = [side for low in lows_bhwn for side in low.shape[1:3]]
     _heads[tiles, b](
-        finest_bhwc, weight_cn, first, second, third, predict_no, predict_bias_o,
-        outs_boq, numbers,
-        h, w, *sides, c, weight_cn.shape[1], outputs, classes,
-        CHANNELS=max(16, triton.next_power_of_2(c)), TILE=_TILE, HIDDEN=_HIDDEN,
-        OUTPUTS=OUTPUTS_PADDED, **HEADS_LAUNCH,
+        finest_bhwc, weight_cn, first, second, third, predict_on, predict_bias_o,
+        outs_boq, numbers, h, w, c, weight_cn.shape[1], outputs, classes,
+        AROUND1=_around(2), AROUND2=_around(4), AROUND3=_around(8),
+        CHANNELS=max(16, triton.next_power_of_2(c)), OUTPUTS=OUTPUTS_PADDED, **HEADS,
     )  # fmt: skip
     confidence, entropy, num_bad = numbers.sum(1).unbind(1)
     return outs_boq, confidence / (h * w), entropy / (h * w), num_bad
@@ -253,6 +236,41 @@ def _class_ids(
     tl.store(out, ids.to(tl.uint8), mask=is_x)
 
 
+@triton.jit
+def _class_ids_of_cells(
+    logits_ptr, out_ptr, grid_h, grid_w, classes, stride_b, CELLS: tl.constexpr
+):
+    # A cell lies between four neighbours of the grid, and has 4 x 4 pixels; those of the rims are
+    # cut in half.
+    b = tl.program_id(0).to(tl.int64)
+    cells = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
+    cells_y, cells_x = cells // (grid_w + 1), cells % (grid_w + 1)
+    is_cell = cells_y <= grid_h
+    top, bottom = tl.maximum(cells_y - 1, 0), tl.minimum(cells_y, grid_h - 1)
+    left, right = tl.maximum(cells_x - 1, 0), tl.minimum(cells_x, grid_w - 1)
+    places = tl.arange(0, 16)
+    down, along = (places // 4 + 0.5) / 4, (places % 4 + 0.5) / 4
+    share00, share01 = ((1 - down) * (1 - along))[None, :], ((1 - down) * along)[None, :]
+    share10, share11 = (down * (1 - along))[None, :], (down * along)[None, :]
+    logits_ptr += b * stride_b
+    best = tl.full((CELLS, 16), float("-inf"), tl.float32)
+    ids = tl.zeros((CELLS, 16), tl.int32)
+    for k in tl.range(0, classes, loop_unroll_factor=4):
+        upper = logits_ptr + (k * grid_h + top) * grid_w
+        lower = logits_ptr + (k * grid_h + bottom) * grid_w
+        value = tl.load(upper + left, mask=is_cell, other=0.0)[:, None] * share00
+        value += tl.load(upper + right, mask=is_cell, other=0.0)[:, None] * share01
+        value += tl.load(lower + left, mask=is_cell, other=0.0)[:, None] * share10
+        value += tl.load(lower + right, mask=is_cell, other=0.0)[:, None] * share11
+        is_more = value > best
+        best = tl.where(is_more, value, best)
+        ids = tl.where(is_more, k, ids)
+    ys = 4 * cells_y[:, None] - 2 + (places // 4)[None, :]
+    xs = 4 * cells_x[:, None] - 2 + (places % 4)[None, :]
+    is_in = (ys >= 0) & (ys < 4 * grid_h) & (xs >= 0) & (xs < 4 * grid_w)
+    tl.store(out_ptr + (b * 4 * grid_h + ys) * (4 * grid_w) + xs, ids.to(tl.uint8), mask=is_in)
+
+
 def resolve_largest(logits_bkq: Tensor, size: tuple[int, int]) -> Tensor:
     """Each pixel's largest class of logits resized bilinearly, which are never written.
 
@@ -266,6 +284,10 @@ def resolve_largest(logits_bkq: Tensor, size: tuple[int, int]) -> Tensor:
     b, k, h, w = logits_bkq.shape
     height, width = size
     ids_byx = logits_bkq.new_empty((b, height, width), dtype=torch.uint8)
+    if size == (4 * h, 4 * w):
+        cells = (b, triton.cdiv((h + 1) * (w + 1), IDS["CELLS"]))
+        _class_ids_of_cells[cells](logits_bkq, ids_byx, h, w, k, logits_bkq.stride(0), **IDS)
+        return ids_byx
     grid = (b, height, triton.cdiv(width, _ROW))
     _class_ids[grid](logits_bkq, ids_byx, h, w, height, width, k, logits_bkq.stride(0), ROW=_ROW)
     return ids_byx

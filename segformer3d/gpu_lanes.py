@@ -1,22 +1,23 @@
 """Micro-batches on their way through a GPU: two at a time, each recorded as a CUDA graph.
 
-A lane is a stream with buffers of its own: pinned memory for the frames and for what comes back,
-and the graph between. While one lane computes, the other copies, and the host does what is left.
+A lane is a stream with a graph and pinned memory for its frames; what comes back is copied to where
+the caller finds it. While one lane computes, the other copies, and the host, which only waits for
+room for the next frames, is ahead of both.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     Frames = NDArray[np.uint8]
@@ -58,7 +59,9 @@ class Lanes:
     def run(
         self, annotate: Annotate, frames: Frames, width: int, size: tuple[int, int]
     ) -> Iterator[Said]:
-        """Annotate frames, so many at a time as a lane is wide.
+        """Annotate frames, so many at a time as a lane is wide; recorded, all in one go.
+
+        What is given may lie in pinned memory, which goes back to torch when nobody holds it.
 
         Args:
             annotate: Pixels, uint8 (B, H, W, 3) on the device, and the class ids' size, to what
@@ -78,16 +81,17 @@ class Lanes:
             for chunk in chunks:
                 yield self._run_without(annotate, chunk, size)
             return
-        started: deque[tuple[_Lane, int]] = deque()
+        results = [
+            None if out is None else _pinned((len(frames), *out.shape[1:]), out.dtype)
+            for out in lanes[0].outs
+        ]
         for turn, chunk in enumerate(chunks):
-            if len(started) == LANES:
-                lane, count = started.popleft()
-                yield lane.finish(count)
-            lane = lanes[turn % LANES]
-            lane.start(chunk)
-            started.append((lane, len(chunk)))
-        for lane, count in started:
-            yield lane.finish(count)
+            own = slice(turn * width, turn * width + len(chunk))
+            parts = [None if result is None else result[own] for result in results]
+            lanes[turn % LANES].start(chunk, parts)
+        for lane in lanes:
+            lane.wait()
+        yield [None if result is None else result.numpy() for result in results]
 
     def _run_without(self, annotate: Annotate, frames: Frames, size: tuple[int, int]) -> Said:
         outs = annotate(upload(frames, self._device), size)
@@ -136,13 +140,35 @@ class Lanes:
 
 def upload(frames: Frames, device: torch.device) -> Tensor:
     """Copy frames, which may be read-only, to a device."""
-    staging = torch.empty(frames.shape, dtype=torch.uint8)
-    staging.numpy()[...] = frames
-    return staging.to(device)
+    return _tensor(frames).to(device)
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+class _Borrowed:
+    """An array's memory, said to be writable: torch wants it so, and only reads."""
+
+    def __init__(self, array: Frames) -> None:
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = array.__array_interface__ | {"data": (address, False)}
+        self._owner = array
+
+
+def _tensor(frames: Frames) -> Tensor:
+    """Give frames to torch, which knows neither read-only ones nor those that go backwards."""
+    if min(frames.strides) < 0:
+        frames = np.ascontiguousarray(frames)
+    return torch.from_numpy(frames if frames.flags.writeable else np.asarray(_Borrowed(frames)))
 
 
 class _Lane:
-    """One stream, its buffers and its graph."""
+    """One stream, its buffers and its graph.
+
+    Attributes:
+        outs: What the graph writes, on the device; B first.
+    """
 
     def __init__(
         self,
@@ -161,27 +187,25 @@ class _Lane:
         self._stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._outs = annotate(self._pixels)
-        self._results = [
-            None if out is None else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-            for out in self._outs
-        ]
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.outs = annotate(self._pixels)
+        self._has_room = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def start(self, frames: Frames) -> None:
-        """Set out with as many frames as the lane is wide, or fewer: the rest stays as it is."""
-        self._staging[: len(frames)].numpy()[...] = frames
+    def start(self, frames: Frames, results: Sequence[Tensor | None]) -> None:
+        """Set out with as many frames as the lane is wide, or fewer: the rest stays as it is.
+
+        Waits for room only. `results` are pinned, and written some time before `wait` returns.
+        """
+        self._has_room.synchronize()
+        # Of several threads, unlike NumPy's.
+        self._staging[: len(frames)].copy_(_tensor(frames))
         with torch.cuda.stream(self._stream):
             self._pixels.copy_(self._staging, non_blocking=True)
+            self._has_room.record(self._stream)
             self._graph.replay()
-            for result, out in zip(self._results, self._outs, strict=True):
+            for result, out in zip(results, self.outs, strict=True):
                 if result is not None and out is not None:
-                    result.copy_(out, non_blocking=True)
-            self._done.record(self._stream)
+                    result.copy_(out[: len(frames)], non_blocking=True)
 
-    def finish(self, count: int) -> Said:
-        """Wait, and give what belongs to the first `count` frames."""
-        self._done.synchronize()
-        return [
-            None if result is None else result[:count].numpy().copy() for result in self._results
-        ]
+    def wait(self) -> None:
+        """Wait for all that was started."""
+        self._stream.synchronize()

@@ -298,7 +298,8 @@ def test_gpu_agrees_with_cpu(variant, size, pixels, caplog):
         assert (actual.class_ids == expected.class_ids[:count]).mean() > 0.9
         np.testing.assert_allclose(actual.entropy_mean, expected.entropy_mean[:count], rtol=0.05)
         depth = expected.depth[:count].astype(float)
-        assert np.median(np.abs(actual.depth - depth)) < 0.05 * np.median(depth)
+        # Of random weights: around zero, where bfloat16's share of the summands is much.
+        assert np.mean(np.abs(actual.depth - depth)) < 0.1 * np.mean(depth)
     assert predictor._lanes._lanes
     assert not caplog.records
 
