@@ -1,6 +1,7 @@
 """How much of its model's speed a whole job keeps, and what Ray takes of it.
 
     python benchmarks/job.py [--frames 768] [--shard-frames 64] [--cpus 2] [--rounds 3] [--s3]
+                             [--no-ray]
 
 Each round measures, one after the other and on as many cores: the bare model; decoding and
 publishing alone; the three stages in plain processes without Ray; and `segformer3d run` with either
@@ -31,9 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.model import machine
-from jobs.claim import make_record
 from jobs.plan import Planner, make_plan, open_output
-from jobs.record import claim_output
 from jobs.spec import check_spec
 from pipeline.layout import Generation
 from pipeline.records import AnnotatedShard, DecodedShard
@@ -43,7 +42,7 @@ from segformer3d.scenes import make_drive, render
 from segformer3d.weights import bundled_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 SIZE = (1024, 512)
 DISTINCT_DRIVES, FRAMES_PER_DRIVE = 16, 4
@@ -51,6 +50,23 @@ BARE_S = 12.0
 JPEG_QUALITY = 90
 MODEL, REST, STAGES = "model alone", "decode + publish alone", "stages, no Ray"
 JOBS = {"fused": "whole job, fused", "staged": "whole job, staged"}
+
+Commit = tuple[float, int]  # when, in seconds since 1970, and how many frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRun:
+    """What is seen of a job from outside.
+
+    Attributes:
+        started: When it was asked for, in seconds since 1970.
+        commits: Of each shard, in order of time.
+        said: What it wrote on standard error.
+    """
+
+    started: float
+    commits: Sequence[Commit]
+    said: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +107,12 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--s3", action="store_true", help="on a real S3 server on loopback")
-    parser.add_argument("--graphs", nargs="*", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--graphs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--no-ray", action="store_true", help="leave the job out")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args()
+    if given.no_ray:
+        given.graphs = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="job-")))
         make_archive(folder / "archive", given.frames)
@@ -179,7 +198,7 @@ def _worker(
 ) -> None:
     """Time one way on this process's share of the shards; everything is warm before."""
     cv2.setNumThreads(1)
-    context, tables = _planned(archive, f"{output}-{index}", shard_frames)
+    context, tables = planned(archive, f"{output}-{index}", shard_frames)
     own = tables[index::cpus] or tables
     decode, publish = DecodeShard(context), PublishShard(context)
     annotate = AnnotateShard(context, bundled_weights())
@@ -218,11 +237,12 @@ def _repeated(decoded: DecodedShard, sample: AnnotatedShard) -> AnnotatedShard:
         frames=decoded.frames,
         class_ids=(sample.class_ids * times)[:times],
         depth=(sample.depth * times)[:times],
-        statistics=(sample.statistics * times)[:times],
+        certainty=(sample.certainty * times)[:times],
     )
 
 
-def _planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext, list[pa.Table]]:
+def planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext, list[pa.Table]]:
+    """What the stages need to know of a job, and its shards, a row each."""
     spec = check_spec(
         {
             "input": {"url": archive},
@@ -232,7 +252,6 @@ def _planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext
         "the benchmark",
     )
     store = open_output(spec)
-    claim_output(store, make_record(spec, bundled_weights()), single_driver=False)
     plan = make_plan(store, Generation(), Planner(spec))
     context = StageContext(
         job_url=store.url,
@@ -250,26 +269,36 @@ def _planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext
 
 def _job(archive: str, output: str, graph: str, given: argparse.Namespace) -> tuple[float, float]:
     """Frames a second once every model has committed, and when the first shard was there."""
-    command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive]
-    command += ["--output", output, "--set", f"shard.frames={given.shard_frames}"]
-    command += ["--set", f"ray.num_cpus={given.cpus}", "--set", f"ray.graph={graph}"]
-    seen: list[tuple[float, int]] = []
-    started = time.time()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    if process.wait() != 0:
-        raise SystemExit(f"the job ended with {process.returncode}: {said.decode()}")
-    store = open_store(output, StorageOptions())
-    for item in store.list("gen-0000/commit/"):
-        record = json.loads(store.read(item.key))
-        seen.append((_committed_at(output, item.key), int(record["num_rows"])))
-    seen.sort()
-    # As many models start together: each one's first commit opens its own time.
-    opened, last, first = seen[given.cpus - 1][0], seen[-1][0], seen[0][0]
+    settings = [f"shard.frames={given.shard_frames}"]
+    settings += [f"ray.num_cpus={given.cpus}", f"ray.graph={graph}"]
+    run = run_job(archive, output, settings)
     if not output.startswith("s3://"):
         shutil.rmtree(output)
-    return sum(rows for _, rows in seen[given.cpus :]) / (last - opened), first - started
+    # As many models start together: each one's first commit opens its own time.
+    return rate_after(run.commits, given.cpus), run.commits[0][0] - run.started
+
+
+def run_job(archive: str, output: str, settings: Sequence[str]) -> JobRun:
+    """Run `segformer3d run` to its end, each setting written as for its `--set`."""
+    command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive, "--output", output]
+    command += [word for setting in settings for word in ("--set", setting)]
+    started = time.time()
+    process = subprocess.run(command, capture_output=True, check=False)
+    said = process.stderr.decode()
+    if process.returncode != 0:
+        raise SystemExit(f"the job ended with {process.returncode}: {said}")
+    store = open_store(output, StorageOptions())
+    commits = [
+        (_committed_at(output, item.key), int(json.loads(store.read(item.key))["num_rows"]))
+        for item in store.list("gen-0000/commit/")
+    ]
+    return JobRun(started=started, commits=sorted(commits), said=said)
+
+
+def rate_after(commits: Sequence[Commit], count: int) -> float:
+    """Frames a second from the commit of that number to the last."""
+    rows = sum(rows for _, rows in commits[count:])
+    return rows / (commits[-1][0] - commits[count - 1][0])
 
 
 def _committed_at(output: str, key: str) -> float:

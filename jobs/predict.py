@@ -20,7 +20,7 @@ from jobs.picturing import (
 from pipeline.encode import resize_class_ids
 from pipeline.geometry import Geometry, input_size, resize
 from pipeline.records import FrameStatistics, UInt8Array
-from pipeline.stages import frame_statistics
+from pipeline.statistics import certainty_of, frame_statistics
 from segformer3d.draw import relative_span, three_panels
 from segformer3d.labels import CLASSES
 
@@ -61,10 +61,13 @@ class PanelPainter(Painter):
                 painted.append(Painted(error_kind="non_finite", error=error))
                 continue
             class_ids = None if said.class_ids is None else said.class_ids[place]
+            codes = None if said.depth is None else said.depth[place]
             depth = None
-            if said.depth is not None and self._codec is not None:
-                depth = self._codec.decode(said.depth[place])
-            values = statistics_fields(frame_statistics(said, place, self._codec))
+            if codes is not None and self._codec is not None:
+                depth = self._codec.decode(codes)
+            values = statistics_fields(
+                frame_statistics(certainty_of(said, place), class_ids, codes, self._codec)
+            )
             picture = self._draw(frame, class_ids, depth)
             painted.append(Painted(picture=picture, values=values))
         return painted

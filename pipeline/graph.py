@@ -174,7 +174,8 @@ def build_graph(
         num_cpus=_IO_TASK_CPUS,
         concurrency=resources.max_io_tasks,
     )
-    return _in_actors(decoded, _AnnotateActor, context, weights, resources).map_batches(
+    actor = _GpuActor if resources.gpus_per_actor else _AnnotateActor
+    return _in_actors(decoded, actor, context, weights, resources).map_batches(
         PublishShard(context),
         batch_size=None,
         batch_format="pyarrow",
@@ -186,7 +187,7 @@ def build_graph(
 
 def _in_actors(
     shards: "ray.data.Dataset",
-    actor: "type[_AnnotateActor | _WholeActor]",
+    actor: "type[_AnnotateActor | _GpuActor | _WholeActor]",
     context: StageContext,
     weights: WeightsFile,
     resources: Resources,
@@ -280,6 +281,21 @@ class _AnnotateActor(AnnotateShard):
             raise
 
 
+class _GpuActor:
+    """``_AnnotateActor`` that annotates a shard while Ray fetches the next and stores the last."""
+
+    SHARDS_AT_A_TIME = 2
+
+    def __init__(self, context: StageContext, weights: WeightsFile) -> None:
+        # The model keeps to one thread: how many more torch starts is each thread's own setting,
+        # and what kills this process is then what the journal says is in the model.
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._annotate = self._model.submit(_AnnotateActor, context, weights).result()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self._model.submit(self._annotate, table).result()
+
+
 class _WholeActor:
     """All three stages in the process that holds the model."""
 
@@ -287,14 +303,10 @@ class _WholeActor:
 
     def __init__(self, context: StageContext, weights: WeightsFile) -> None:
         self._decode, self._publish = DecodeShard(context), PublishShard(context)
-        # The model keeps to one thread: how many more torch starts is each thread's own setting,
-        # and what kills this process is then what the journal says is in the model.
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._annotate = self._model.submit(_AnnotateActor, context, weights).result()
+        self._annotate = _GpuActor(context, weights)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        decoded = self._decode(table)
-        return self._publish(self._model.submit(self._annotate, decoded).result())
+        return self._publish(self._annotate(self._decode(table)))
 
 
 def _read_committed(store: Store, key: str, sha256: str | None) -> bytes:

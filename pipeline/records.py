@@ -208,6 +208,19 @@ class DecodedShard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Certainty:
+    """How sure the model is of one frame; None where the segmentation head is lacking.
+
+    Attributes:
+        confidence_mean: Mean of the largest class probability.
+        entropy_mean: Mean of the class entropy, in nats.
+    """
+
+    confidence_mean: float | None = None
+    entropy_mean: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrameStatistics:
     """Statistics of one annotated frame; None where the head is lacking or depth is relative."""
 
@@ -229,7 +242,8 @@ class AnnotatedShard:
         class_ids: uint8 ``(height, width)`` train ids of each good frame, at the model's input
             size or at the asset's; None if the weights lack the head.
         depth: uint16 ``(h/4, w/4)`` depth codes of each good frame, 0 invalid; None likewise.
-        statistics: One per good frame.
+        certainty: One per good frame.
+        depth_codec: How depth codes read, as `DepthCodec.to_dict` gives it; None likewise.
         decode_s: Seconds spent decoding.
         annotate_s: Seconds spent in the model.
     """
@@ -238,7 +252,8 @@ class AnnotatedShard:
     frames: tuple[FrameRecord, ...]
     class_ids: tuple[UInt8Array, ...] | None
     depth: tuple[UInt16Array, ...] | None
-    statistics: tuple[FrameStatistics, ...]
+    certainty: tuple[Certainty, ...]
+    depth_codec: dict[str, Any] | None = None
     decode_s: float = 0.0
     annotate_s: float = 0.0
 
@@ -247,7 +262,8 @@ class AnnotatedShard:
         head = {
             "shard_id": self.shard_id,
             "frames": [asdict(frame) for frame in self.frames],
-            "statistics": [asdict(item) for item in self.statistics],
+            "certainty": [asdict(item) for item in self.certainty],
+            "depth_codec": self.depth_codec,
             "class_ids": _shapes(self.class_ids),
             "depth": _shapes(self.depth),
             "seconds": [self.decode_s, self.annotate_s],
@@ -258,16 +274,13 @@ class AnnotatedShard:
     def from_table(cls, table: pa.Table) -> Self:
         """Inverse of ``to_table``; the arrays are read-only views."""
         head = _head(table)
-        statistics = tuple(
-            FrameStatistics(**{**item, "class_fraction": _maybe_tuple(item["class_fraction"])})
-            for item in head["statistics"]
-        )
         return cls(
             shard_id=head["shard_id"],
             frames=_frames(head["frames"]),
             class_ids=_split(_view(table, "class_ids", np.uint8), head["class_ids"]),
             depth=_split(_view(table, "depth", np.uint16), head["depth"]),
-            statistics=statistics,
+            certainty=tuple(Certainty(**item) for item in head["certainty"]),
+            depth_codec=head["depth_codec"],
             decode_s=head["seconds"][0],
             annotate_s=head["seconds"][1],
         )
@@ -488,10 +501,6 @@ def _frames(items: Sequence[Mapping[str, Any]]) -> tuple[FrameRecord, ...]:
     return tuple(FrameRecord(**item) for item in items)
 
 
-def _maybe_tuple(values: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(values)
-
-
 def _shapes(arrays: Sequence[npt.NDArray[Any]] | None) -> list[list[int]] | None:
     return None if arrays is None else [list(array.shape) for array in arrays]
 
@@ -499,7 +508,22 @@ def _shapes(arrays: Sequence[npt.NDArray[Any]] | None) -> list[list[int]] | None
 def _flat(arrays: Sequence[npt.NDArray[Any]] | None) -> npt.NDArray[Any]:
     if not arrays:
         return np.empty(0, np.uint8)
+    if _are_neighbours(arrays):
+        # What a model says of a whole shard is one block already: a copy would cost a sixth of a
+        # millisecond a frame, while the GPU waits.
+        count = sum(array.size for array in arrays)
+        return np.lib.stride_tricks.as_strided(arrays[0].reshape(-1), (count,), writeable=False)
     return np.concatenate([array.reshape(-1) for array in arrays])
+
+
+def _are_neighbours(arrays: Sequence[npt.NDArray[Any]]) -> bool:
+    """Whether arrays are contiguous parts of one that holds them, one right after the other."""
+    owner = arrays[0].base
+    if owner is None or not all(array.base is owner for array in arrays):
+        return False
+    begins = [array.__array_interface__["data"][0] for array in arrays]
+    ends = [begin + array.nbytes for begin, array in zip(begins, arrays, strict=True)]
+    return begins[1:] == ends[:-1] and all(array.flags.c_contiguous for array in arrays)
 
 
 def _split(

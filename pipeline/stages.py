@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import cv2
-import numpy as np
 import pyarrow as pa
 
 from pipeline.commit import commit_attempt
@@ -22,27 +20,26 @@ from pipeline.layout import Generation, cancel_key
 from pipeline.records import (
     RECEIPT_SCHEMA,
     AnnotatedShard,
+    Certainty,
     DecodedShard,
     FrameRecord,
-    FrameStatistics,
     ShardReceipt,
     UInt8Array,
     UInt16Array,
     shards_from_table,
 )
-from pipeline.sinks.parquet import NUM_CLASSES, encode_shard
+from pipeline.sinks.parquet import encode_shard
 from pipeline.sinks.png import write_png_tree
+from pipeline.statistics import certainty_of
 from pipeline.storage import StorageOptions, Store, open_store
 
 if TYPE_CHECKING:
-    from segformer3d.config import DepthCodec
     from segformer3d.predictor import Predictions
 
 # How long a stage trusts its last look at the cancel marker.
 _DRAIN_CHECK_S = 1.0
 # What libraries below torch report of a failed device is no AcceleratorError.
 _DEVICE_FAULTS = ("CUDA error", "cuDNN error", "CUDA driver error", "Triton Error [CUDA]")
-_EXACT_IN_FLOAT32 = 2**24  # OpenCV counts in float32, ten times as fast as NumPy
 
 
 _NO_MEMORY: tuple[ErrorKind, str] = ("out_of_memory", "the model does not fit into memory with it")
@@ -188,14 +185,14 @@ class AnnotateShard:
         good = [index for index, frame in enumerate(frames) if frame.error_kind is None]
         class_ids: list[UInt8Array] = []
         depth: list[UInt16Array] = []
-        statistics: list[FrameStatistics] = []
+        certainty: list[Certainty] = []
         for rows, said in self._predictions(shard, good, one_by_one=one_by_one):
             for place, row in enumerate(rows):
                 if said is None or not said.finite[place]:
                     kind, message = _NO_MEMORY if said is None else _NON_FINITE
                     frames[good[row]] = replace(frames[good[row]], error_kind=kind, error=message)
                     continue
-                statistics.append(frame_statistics(said, place, self.codec))
+                certainty.append(certainty_of(said, place))
                 if said.class_ids is not None:
                     class_ids.append(said.class_ids[place])
                 if said.depth is not None:
@@ -205,7 +202,8 @@ class AnnotateShard:
             frames=tuple(frames),
             class_ids=tuple(class_ids) if self.config.num_classes else None,
             depth=tuple(depth) if self.config.has_depth else None,
-            statistics=tuple(statistics),
+            certainty=tuple(certainty),
+            depth_codec=self.codec.to_dict() if self.codec is not None else None,
             decode_s=shard.decode_s,
             annotate_s=time.perf_counter() - started,
         )
@@ -320,51 +318,6 @@ def is_draining(context: StageContext) -> bool:
     draining = context.store().head(cancel_key(context.lease)) is not None
     _drain_seen[name] = (now, draining)
     return draining
-
-
-def frame_statistics(
-    said: "Predictions", place: int, codec: "DepthCodec | None"
-) -> FrameStatistics:
-    """Statistics of one frame of a prediction.
-
-    Args:
-        said: What the model said of a run of frames.
-        place: Which of them.
-        codec: How depth codes read; only a metric codec gives metres.
-    """
-    fraction = None
-    if said.class_ids is not None:
-        fraction = class_fraction(said.class_ids[place])
-    percentiles: tuple[float | None, ...] = (None, None, None)
-    if said.depth is not None and codec is not None and codec.kind == "metric":
-        percentiles = depth_percentiles(codec.decode(said.depth[place]))
-    confidence, entropy = said.confidence_mean, said.entropy_mean
-    return FrameStatistics(
-        class_fraction=fraction,
-        confidence_mean=None if confidence is None else float(confidence[place]),
-        entropy_mean=None if entropy is None else float(entropy[place]),
-        depth_p05_m=percentiles[0],
-        depth_p50_m=percentiles[1],
-        depth_p95_m=percentiles[2],
-    )
-
-
-def class_fraction(class_ids: UInt8Array) -> tuple[float, ...]:
-    """Share of each class among the valid pixels; all zero if there is none."""
-    flat = class_ids.reshape(-1)
-    counts = np.zeros(NUM_CLASSES)
-    for start in range(0, flat.size, _EXACT_IN_FLOAT32):
-        part = flat[start : start + _EXACT_IN_FLOAT32]
-        counts += cv2.calcHist([part], [0], None, [NUM_CLASSES], [0, NUM_CLASSES]).reshape(-1)
-    return tuple((counts / max(1.0, counts.sum())).tolist())
-
-
-def depth_percentiles(depth_m: np.ndarray) -> tuple[float | None, ...]:
-    """5th, 50th and 95th percentile of the valid metres; None where there is no valid pixel."""
-    valid = depth_m[np.isfinite(depth_m) & (depth_m > 0)]
-    if valid.size == 0:
-        return None, None, None
-    return tuple(np.percentile(valid, (5, 50, 95)).tolist())
 
 
 def _nothing(*binaries: str) -> pa.Table:

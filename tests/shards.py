@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from pipeline.records import AnnotatedShard, FrameRecord, FrameStatistics
+from pipeline.records import AnnotatedShard, Certainty, FrameRecord
+from segformer3d.config import METRIC_DEPTH
 
 SIZE = (96, 64)
 
@@ -30,15 +31,6 @@ def annotated_shard(
         frames=frames,
         class_ids=tuple(rng.integers(0, 19, (64, 96), np.uint8) for _ in range(good)),
         depth=tuple(rng.integers(0, 65536, (16, 24), np.uint16) for _ in range(good)),
-        statistics=(
-            FrameStatistics(
-                class_fraction=(1 / 19,) * 19,
-                confidence_mean=0.5,
-                entropy_mean=1.0,
-                depth_p05_m=1.0,
-                depth_p50_m=2.0,
-                depth_p95_m=3.0,
-            ),
-        )
-        * good,
+        certainty=(Certainty(confidence_mean=0.5, entropy_mean=1.0),) * good,
+        depth_codec=METRIC_DEPTH.to_dict(),
     )

@@ -14,9 +14,10 @@ import xxhash
 
 from pipeline.encode import encode_png, resize_depth_codes
 from pipeline.errors import DAMAGE
-from pipeline.records import AnnotatedShard, FrameRecord, FrameStatistics
+from pipeline.records import AnnotatedShard, FrameRecord
+from pipeline.statistics import NUM_CLASSES, frame_statistics
+from segformer3d.config import DepthCodec
 
-NUM_CLASSES = 19
 METADATA_KEY = b"segformer3d"
 _PNG = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
 
@@ -116,11 +117,12 @@ def _check_weight(metadata: pq.FileMetaData, num_bytes: int) -> None:
 
 def _rows(shard: AnnotatedShard, *, depth_at_asset_size: bool) -> Iterator[dict[str, Any]]:
     good = 0
+    codec = DepthCodec.from_dict(shard.depth_codec) if shard.depth_codec else None
     for frame in shard.frames:
         row = _identity(frame)
         if frame.error_kind is None:
             size = (frame.width, frame.height) if depth_at_asset_size else None
-            row |= _annotation(shard, good, size)
+            row |= _annotation(shard, good, size, codec)
             good += 1
         yield row
 
@@ -143,9 +145,14 @@ def _identity(frame: FrameRecord) -> dict[str, Any]:
 
 
 def _annotation(
-    shard: AnnotatedShard, good: int, depth_size: tuple[int, int] | None
+    shard: AnnotatedShard,
+    good: int,
+    depth_size: tuple[int, int] | None,
+    codec: DepthCodec | None,
 ) -> dict[str, Any]:
-    statistics: FrameStatistics = shard.statistics[good]
+    class_ids = None if shard.class_ids is None else shard.class_ids[good]
+    depth = None if shard.depth is None else shard.depth[good]
+    statistics = frame_statistics(shard.certainty[good], class_ids, depth, codec)
     row: dict[str, Any] = {
         "class_fraction": statistics.class_fraction,
         "confidence_mean": statistics.confidence_mean,
@@ -154,10 +161,9 @@ def _annotation(
         "depth_p50_m": statistics.depth_p50_m,
         "depth_p95_m": statistics.depth_p95_m,
     }
-    if shard.class_ids is not None:
-        row["class_ids"] = {"bytes": encode_png(shard.class_ids[good]), "path": None}
-    if shard.depth is not None:
-        depth = shard.depth[good]
+    if class_ids is not None:
+        row["class_ids"] = {"bytes": encode_png(class_ids), "path": None}
+    if depth is not None:
         if depth_size is not None:
             depth = resize_depth_codes(depth, depth_size)
         row["depth"] = {"bytes": encode_png(depth), "path": None}

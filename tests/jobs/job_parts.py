@@ -70,7 +70,8 @@ class Job:
             frames=frames,
             class_ids=made_up.class_ids,
             depth=made_up.depth,
-            statistics=made_up.statistics,
+            certainty=made_up.certainty,
+            depth_codec=made_up.depth_codec,
         )
 
 

@@ -28,14 +28,15 @@ from pipeline.graph import PendingPart, Resources, WeightsFile
 from pipeline.records import (
     AnnotatedShard,
     Asset,
+    Certainty,
     DecodedShard,
-    FrameStatistics,
     ShardReceipt,
     ShardSpec,
 )
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.stages import DecodeShard, PublishShard, StageContext
 from pipeline.storage import StorageOptions
+from segformer3d.config import METRIC_DEPTH
 
 SHARDS_PER_RANGE = 3
 
@@ -104,21 +105,14 @@ class AnnotateStandIn:
 
 
 def _made_up(shard: DecodedShard) -> AnnotatedShard:
-    said = FrameStatistics(
-        class_fraction=(1 / 19,) * 19,
-        confidence_mean=0.5,
-        entropy_mean=1.0,
-        depth_p05_m=1.0,
-        depth_p50_m=2.0,
-        depth_p95_m=3.0,
-    )
     pixels = shard.pixels
     return AnnotatedShard(
         shard_id=shard.shard_id,
         frames=shard.frames,
         class_ids=tuple(np.ascontiguousarray(frame[:, :, 0] % 19) for frame in pixels),
         depth=tuple(frame[::4, ::4, 1].astype(np.uint16) * 257 for frame in pixels),
-        statistics=(said,) * len(pixels),
+        certainty=(Certainty(confidence_mean=0.5, entropy_mean=1.0),) * len(pixels),
+        depth_codec=METRIC_DEPTH.to_dict(),
     )
 
 

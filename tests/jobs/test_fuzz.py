@@ -25,8 +25,8 @@ from pipeline.errors import ERROR_KINDS
 from pipeline.geometry import resize
 from pipeline.records import (
     AnnotatedShard,
+    Certainty,
     DecodedShard,
-    FrameStatistics,
     ShardSpec,
     shards_from_table,
     shards_to_table,
@@ -243,7 +243,7 @@ def check_outcomes(spec: ShardSpec, decoded: DecodedShard) -> None:
         frames=passed.frames,
         class_ids=None,
         depth=None,
-        statistics=(FrameStatistics(),) * len(good),
+        certainty=(Certainty(),) * len(good),
     )
     rows = read_rows(encode_shard(annotated, {}))
     assert [row["frame_id"] for row in rows] == [frame_id(*item) for item in planned]

@@ -22,7 +22,7 @@ from pipeline.decode import decode_shard
 from pipeline.encode import decode_class_ids, decode_depth
 from pipeline.errors import UserError
 from pipeline.layout import Generation
-from pipeline.records import PLAN_SCHEMA, AnnotatedShard, FrameStatistics, shards_from_table
+from pipeline.records import PLAN_SCHEMA, AnnotatedShard, Certainty, shards_from_table
 from pipeline.sinks.parquet import parse_parquet, read_rows
 from pipeline.stages import AnnotateShard, PublishShard, StageContext
 from segformer3d.config import METRIC_DEPTH
@@ -46,9 +46,8 @@ def annotated(decoded, class_ids_size=None):
         frames=decoded.frames,
         class_ids=tuple(rng.integers(0, 19, (height, width), np.uint8) for _ in range(good)),
         depth=tuple(rng.integers(0, 3, grid, np.uint16) * 256 for _ in range(good)),
-        statistics=tuple(
-            FrameStatistics(
-                class_fraction=(1 / 19,) * 19,
+        certainty=tuple(
+            Certainty(
                 confidence_mean=(frame.frame_index + 1) / NUM_VIDEO_FRAMES,
                 entropy_mean=1.0,
             )

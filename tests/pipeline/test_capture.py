@@ -13,7 +13,7 @@ from pipeline.decode import decode_shard, probe_asset
 from pipeline.records import Asset
 from pipeline.sinks.parquet import encode_shard, read_rows
 from pipeline.sources.capture import Capture, capture_of_container, capture_of_image
-from pipeline.stages import AnnotatedShard, FrameStatistics
+from pipeline.stages import AnnotatedShard, Certainty
 from tests.media import picture, write_video
 
 NOON_US = int(datetime(2024, 5, 1, 12, tzinfo=UTC).timestamp() * 1e6)
@@ -109,7 +109,7 @@ def test_a_video_s_frames_are_captured_one_after_the_other(tmp_path):
         NOON_US + round(frame.pts_s * 1e6) for frame in frames
     ]
     annotated = AnnotatedShard(
-        shard_id=0, frames=frames, class_ids=None, depth=None, statistics=(FrameStatistics(),) * 4
+        shard_id=0, frames=frames, class_ids=None, depth=None, certainty=(Certainty(),) * 4
     )
     rows = read_rows(encode_shard(annotated, {}))
     assert rows[0]["captured_at"] == datetime(2024, 5, 1, 12, tzinfo=UTC)

@@ -211,7 +211,7 @@ def deadly(made):
 
 
 def confidences(annotated):
-    return [item.confidence_mean for item in annotated.statistics]
+    return [item.confidence_mean for item in annotated.certainty]
 
 
 def deaths_until_done(store, shard, most=20):

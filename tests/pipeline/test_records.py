@@ -6,19 +6,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline import records
 from pipeline.records import (
     AnnotatedShard,
+    Certainty,
     CommitRecord,
     DataFile,
     DecodedShard,
     FrameRecord,
-    FrameStatistics,
     ShardReceipt,
     ShardSpec,
     Slice,
     shards_from_table,
     shards_to_table,
 )
+from segformer3d.config import METRIC_DEPTH
 
 FRAMES = (
     FrameRecord(asset="a.mp4", frame_index=0, pts_s=0.0, width=96, height=64),
@@ -71,11 +73,13 @@ def test_annotated_shard_round_trip(lacking):
         frames=FRAMES,
         class_ids=None if lacking == "class_ids" else class_ids,
         depth=None if lacking == "depth" else depth,
-        statistics=(FrameStatistics(class_fraction=(1 / 19,) * 19), FrameStatistics()),
+        certainty=(Certainty(confidence_mean=0.5), Certainty()),
+        depth_codec=METRIC_DEPTH.to_dict(),
         annotate_s=2.0,
     )
     back = AnnotatedShard.from_table(through_ipc(shard.to_table()))
-    assert (back.frames, back.statistics, back.annotate_s) == (FRAMES, shard.statistics, 2.0)
+    assert (back.frames, back.certainty, back.annotate_s) == (FRAMES, shard.certainty, 2.0)
+    assert back.depth_codec == shard.depth_codec
     for mine, theirs in ((shard.class_ids, back.class_ids), (shard.depth, back.depth)):
         assert (mine is None) == (theirs is None)
         assert all(np.array_equal(a, b) for a, b in zip(mine or (), theirs or (), strict=True))
@@ -161,3 +165,20 @@ def test_a_field_of_another_type_is_a_malformed_record(field, value):
     fields = json.loads(RECORD.to_json()) | {field: value}
     with pytest.raises(ValueError, match=r"^malformed commit record: [^\n]+$"):
         CommitRecord.from_json(json.dumps(fields).encode())
+
+
+def test_arrays_of_one_block_travel_without_a_copy() -> None:
+    block = np.arange(48, dtype=np.uint8).reshape(4, 3, 4)
+    whole = records._flat(tuple(block))
+    assert np.shares_memory(whole, block)
+    np.testing.assert_array_equal(whole, block.reshape(-1))
+    apart = [
+        (block[0], block[2]),
+        (block[1], block[0]),
+        (block[0], block[1].copy()),
+        tuple(block[:, :, ::2]),
+    ]
+    for arrays in apart:
+        flat = records._flat(arrays)
+        assert not np.shares_memory(flat, block)
+        np.testing.assert_array_equal(flat, np.concatenate([a.reshape(-1) for a in arrays]))

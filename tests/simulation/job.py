@@ -253,7 +253,7 @@ class SimulatedJob:
             return None
         world.sleep(self.shard_s * world.rng.random())
         shard = AnnotatedShard(
-            shard_id=shard_id, frames=_frames(shard_id), class_ids=None, depth=None, statistics=()
+            shard_id=shard_id, frames=_frames(shard_id), class_ids=None, depth=None, certainty=()
         )
         publish = stages.PublishShard(context).publish
         if not world.is_calm and world.rng.random() < 0.05:
