@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 import threading
@@ -19,9 +20,11 @@ from jobs.progress import say
 from jobs.spec import RaySection
 from pipeline.errors import JobError, UserError
 
-# Enough for two dozen decoded shards; what exceeds it waits (backpressure), so it also bounds
-# the memory of a run.
+# What exceeds the object store waits (backpressure), so it also bounds the memory of a run. As many
+# decoded shards as are in work at a time have to fit, and there is a decoding task per core.
 _OBJECT_STORE_BYTES = 1 << 30
+_OBJECT_STORE_BYTES_PER_CPU = 256 << 20
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Ray keeps it, by its own rules
 _IDLE_WORKER_MS = "600000"
 _GRACE_S = 3.0
 _ANSWER_S = 5.0
@@ -243,7 +246,8 @@ def _embed(settings: RaySection) -> None:
                 address="local",
                 num_cpus=settings.num_cpus,
                 include_dashboard=False,
-                object_store_memory=settings.object_store_bytes or _OBJECT_STORE_BYTES,
+                object_store_memory=settings.object_store_bytes
+                or object_store_bytes(settings.num_cpus or os.cpu_count() or 1),
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
                 _node_ip_address="127.0.0.1",
@@ -253,6 +257,14 @@ def _embed(settings: RaySection) -> None:
         message = f"Ray does not start: {_first_line(error)}; go on with `segformer3d resume`"
         raise JobError(message) from error
     threading.Thread(target=_watch_daemons, name="ray-watch", daemon=True).start()
+
+
+def object_store_bytes(num_cpus: int) -> int:
+    """What an embedded Ray's object store takes unless told: no more than half of its room."""
+    wanted = num_cpus * _OBJECT_STORE_BYTES_PER_CPU
+    if _SHARED_MEMORY.is_dir():
+        wanted = min(wanted, shutil.disk_usage(_SHARED_MEMORY).total // 2)
+    return max(_OBJECT_STORE_BYTES, wanted)
 
 
 @contextlib.contextmanager

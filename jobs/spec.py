@@ -196,7 +196,9 @@ class RaySection(_Section):
     )
     num_cpus: Whole | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
     object_store_bytes: Whole | None = Field(
-        None, ge=100 * 2**20, description="Object store of the embedded Ray; default 1 GiB."
+        None,
+        ge=100 * 2**20,
+        description="Object store of the embedded Ray; default 1 GiB, or 256 MiB per CPU.",
     )
 
 

@@ -18,7 +18,7 @@ from jobs.lease import Heartbeat, beat, take_lease
 from jobs.spec import JobSpec
 from pipeline.errors import JobError, UserError
 from pipeline.storage.opening import resolve_options
-from pipeline.urls import refuse_credentials
+from pipeline.urls import refuse_credentials, shown
 
 _ANSWER_S = 10.0
 _SUBMIT_S = 60.0
@@ -85,7 +85,9 @@ class _JobsServer:
 
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
-            message = f"--address {address}: write http://HOST:8265, the cluster's dashboard"
+            # Without a scheme nothing tells a password from what else stands before an @.
+            named = "" if "@" in address else f" {shown(address)}"
+            message = f"--address{named}: write http://HOST:8265, the cluster's dashboard"
             raise UserError(message)
         refuse_credentials(address)
         self.address = address.rstrip("/")

@@ -303,6 +303,7 @@ def test_submit_says_nothing_of_the_token_or_a_password(said, tmp_path, monkeypa
     monkeypatch.setenv("RAY_AUTH_TOKEN", CANARY)
     words = ["submit", "--input", tmp_path / "in", "--output", "job", "--address"]
     said.refused(*words, f"http://user:{CANARY}@127.0.0.1:9")
+    said.refused(*words, f"user:{CANARY}@127.0.0.1:9")
     said.refused(*words, "http://127.0.0.1:9")
     assert not (tmp_path / "work" / "job").exists()
 
