@@ -131,7 +131,7 @@ class ModelSection(_Section):
         description="Path or URL (s3://, https://) of a safetensors file; none: that in the box.",
     )
     micro_batch: Whole | None = Field(
-        None, ge=1, description="Frames per forward pass at the most; default by device."
+        None, ge=1, le=1024, description="Frames per forward pass at the most; default by device."
     )
     threads: Whole | None = Field(1, ge=1, description="CPU threads per model.")
 

@@ -31,6 +31,7 @@ from pipeline.stages import (
     StageContext,
     cached_store,
     is_device_lost,
+    is_draining,
     mark_png_done,
 )
 from pipeline.storage import Store
@@ -174,7 +175,7 @@ def build_graph(
         num_cpus=_IO_TASK_CPUS,
         concurrency=resources.max_io_tasks,
     )
-    actor = _GpuActor if resources.gpus_per_actor else _AnnotateActor
+    actor = _ThreadedActor if resources.gpus_per_actor else _AnnotateActor
     return _in_actors(decoded, actor, context, weights, resources).map_batches(
         PublishShard(context),
         batch_size=None,
@@ -187,7 +188,7 @@ def build_graph(
 
 def _in_actors(
     shards: "ray.data.Dataset",
-    actor: "type[_AnnotateActor | _GpuActor | _WholeActor]",
+    actor: "type[_AnnotateActor | _ThreadedActor | _WholeActor]",
     context: StageContext,
     weights: WeightsFile,
     resources: Resources,
@@ -281,8 +282,8 @@ class _AnnotateActor(AnnotateShard):
             raise
 
 
-class _GpuActor:
-    """``_AnnotateActor`` that annotates a shard while Ray fetches the next and stores the last."""
+class _ThreadedActor:
+    """``_AnnotateActor`` with a thread for the model: Ray fetches and stores shards meanwhile."""
 
     SHARDS_AT_A_TIME = 2
 
@@ -293,6 +294,8 @@ class _GpuActor:
         self._annotate = self._model.submit(_AnnotateActor, context, weights).result()
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        # Looks at storage now and then, which the model need not wait for.
+        is_draining(self._annotate.context)
         return self._model.submit(self._annotate, table).result()
 
 
@@ -303,7 +306,7 @@ class _WholeActor:
 
     def __init__(self, context: StageContext, weights: WeightsFile) -> None:
         self._decode, self._publish = DecodeShard(context), PublishShard(context)
-        self._annotate = _GpuActor(context, weights)
+        self._annotate = _ThreadedActor(context, weights)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self._publish(self._annotate(self._decode(table)))

@@ -11,11 +11,11 @@ import numpy as np
 
 from pipeline.records import Certainty, FrameStatistics, UInt8Array, UInt16Array
 from segformer3d.config import DepthCodec
+from segformer3d.labels import NUM_CLASSES
 
 if TYPE_CHECKING:
     from segformer3d.predictor import Predictions
 
-NUM_CLASSES = 19
 _EXACT_IN_FLOAT32 = 2**24  # OpenCV counts in float32, ten times as fast as NumPy
 _BLOCK = 8  # pixels compared at a time
 _EIGHTFOLD = np.uint64(0x0101010101010101)

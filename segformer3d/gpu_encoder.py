@@ -3,7 +3,8 @@
 - The residual stream is summed up in place by matrix products, without their biases: what these
   would have added is a vector that the next norm adds.
 - Narrow stages, whose maps are the largest, are bound by memory: one kernel goes from the stream
-  to the sum with what its tokens attend to, and queries, scores and heads stay on the chip.
+  to what its tokens attend to, with one head to the sum with it; queries and scores stay on the
+  chip.
 - In wide ones, bound by operations, cuBLAS and the attention of torch do the products.
 - Between the two products of a Mix-FFN one kernel convolves and activates.
 
@@ -53,7 +54,10 @@ class GpuEncoder:
         first, *others = (cast("Stage", stage) for stage in encoder.stages)
         self._stages = [_Stage(first, _Stem(first.patch_embed, preprocessing, dtype), dtype)]
         self._stages += [
-            _Stage(stage, _Patches(stage.patch_embed, dtype), dtype) for stage in others
+            _Stage(
+                stage, _Convolution(stage.patch_embed.proj, stage.patch_embed.norm, dtype), dtype
+            )
+            for stage in others
         ]
 
     def __call__(self, pixels_bhwc: Tensor) -> list[Tensor]:
@@ -67,7 +71,7 @@ class GpuEncoder:
 class _Stage:
     """A patch embedding, blocks and a closing norm."""
 
-    def __init__(self, stage: Stage, embed: _Stem | _Patches, dtype: torch.dtype) -> None:
+    def __init__(self, stage: Stage, embed: _Stem | _Convolution, dtype: torch.dtype) -> None:
         self.embed = embed
         shift = torch.zeros_like(stage.norm.weight, dtype=torch.float64)
         self.blocks = []
@@ -110,7 +114,7 @@ class _Stem:
             mean, weight_cyxk = mean.flip(0), weight_cyxk.flip(3)
         # Whole numbers below 256 are exact in bfloat16; what is left of the mean is the same at
         # each pixel, and what the convolution sees beyond the rim.
-        offset = mean.round()
+        offset = mean.round().clamp(0, 255)
         self.offset, self.rim = offset.float(), (mean - offset).float()
         shift = _bias(proj) - weight_cyxk.sum((1, 2)) @ (mean - offset)
         self.norm = _norm(embed.norm, shift)
@@ -122,14 +126,13 @@ class _Stem:
         return embed_pixels(pixels_bhwc, self.offset, self.rim, self.weight_tjc, self.norm)
 
 
-class _Patches:
-    """The patch embedding of a map."""
+class _Convolution:
+    """A convolution by cuDNN, and a norm."""
 
-    def __init__(self, embed: PatchEmbedding, dtype: torch.dtype) -> None:
-        proj = embed.proj
-        self.weight = _channels_last(proj.weight, dtype)
-        self.stride, self.padding = proj.stride, proj.padding
-        self.norm = _norm(embed.norm, _bias(proj))
+    def __init__(self, conv: nn.Conv2d, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
+        self.weight = _channels_last(conv.weight, dtype)
+        self.stride, self.padding = conv.stride, conv.padding
+        self.norm = _norm(norm, _bias(conv))
 
     def __call__(self, map_bhwc: Tensor) -> Tensor:
         x_bchw = map_bhwc.permute(0, 3, 1, 2)
@@ -138,7 +141,7 @@ class _Patches:
 
 
 class _NarrowAttention:
-    """Attention to a reduced grid: from the stream to its sum in one kernel."""
+    """Attention to a reduced grid, of few channels, by a kernel that starts from the stream."""
 
     def __init__(self, attention: EfficientAttention, norm: Norm, dtype: torch.dtype) -> None:
         self.norm, self.num_heads = norm, attention.num_heads
@@ -170,7 +173,9 @@ class _WideAttention:
     def __init__(self, attention: EfficientAttention, norm: Norm, dtype: torch.dtype) -> None:
         self.norm, self.num_heads = norm, attention.num_heads
         q, kv = _product(attention.q, dtype), _product(attention.kv, dtype)
-        self.reduction = None if attention.sr is None else _WideReduction(attention, dtype)
+        self.reduction = (
+            None if attention.sr is None else _Convolution(*_reduction_of(attention), dtype)
+        )
         joint = (torch.cat(parts) for parts in zip(q, kv, strict=True))
         self.products = [q, kv] if self.reduction is not None else [tuple(joint)]
         self.out_cc = _transposed(attention.proj.weight, dtype)
@@ -207,20 +212,6 @@ class _NarrowReduction:
 
     def __call__(self, normed_bhwc: Tensor) -> Tensor:
         return reduce_patches(normed_bhwc, self.weight_vc, self.stride, self.norm)
-
-
-class _WideReduction:
-    """The grid that keys and values of a wide stage come from."""
-
-    def __init__(self, attention: EfficientAttention, dtype: torch.dtype) -> None:
-        sr, norm = _reduction_of(attention)
-        self.weight = _channels_last(sr.weight, dtype)
-        self.stride, self.norm = sr.stride, _norm(norm, _bias(sr))
-
-    def __call__(self, normed_bhwc: Tensor) -> Tensor:
-        x_bchw = normed_bhwc.permute(0, 3, 1, 2)
-        reduced = functional.conv2d(x_bchw, self.weight, None, self.stride)
-        return layer_norm(reduced.permute(0, 2, 3, 1).contiguous(), self.norm)
 
 
 def _reduction_of(attention: EfficientAttention) -> tuple[nn.Conv2d, nn.LayerNorm]:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from segformer3d.gpu_blocks import padded
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -154,7 +156,7 @@ def _heads(
 def _around(scale: int) -> int:
     """Low pixels around a tile, as many as a power of two that the tensor cores take."""
     count = (HEADS["ROWS"] // scale + 2) * (HEADS["COLUMNS"] // scale + 2)
-    return max(16, 1 << (count - 1).bit_length())
+    return padded(count)
 
 
 def fused_heads(
@@ -202,7 +204,7 @@ def fused_heads(
         finest_bhwc, weight_cn, first, second, third, predict_on, predict_bias_o,
         outs_boq, numbers, h, w, c, weight_cn.shape[1], outputs, classes,
         AROUND1=_around(2), AROUND2=_around(4), AROUND3=_around(8),
-        CHANNELS=max(16, triton.next_power_of_2(c)), OUTPUTS=OUTPUTS_PADDED, **HEADS,
+        CHANNELS=padded(c), OUTPUTS=OUTPUTS_PADDED, **HEADS,
     )  # fmt: skip
     confidence, entropy, num_bad = numbers.sum(1).unbind(1)
     return outs_boq, confidence / (h * w), entropy / (h * w), num_bad

@@ -8,6 +8,7 @@ room for the next frames, is ahead of both.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LANES = 2
+PINNED_BYTES_MAX = 2**30  # of one kind of results of a call
 SHAPES_MAX = 4  # whose graphs are kept: each holds the memory of its activations
 CALLS_TO_RECORD = 2  # recording does not pay for a single picture
 CALLS_TO_REPLACE = 16  # nor does it where shapes that come in turns throw each other out
@@ -51,6 +53,8 @@ class Lanes:
         held = bool(self._lanes)
         torch.cuda.synchronize(self._device)
         self._lanes.clear()
+        # Or they would be recorded at once again, and memory would be as short as before.
+        self._calls.clear()
         if self._may_record:
             # After a recording that failed, the allocator would refuse.
             torch.cuda.empty_cache()
@@ -82,7 +86,7 @@ class Lanes:
                 yield self._run_without(annotate, chunk, size)
             return
         results = [
-            None if out is None else _pinned((len(frames), *out.shape[1:]), out.dtype)
+            None if out is None else _results((len(frames), *out.shape[1:]), out.dtype)
             for out in lanes[0].outs
         ]
         for turn, chunk in enumerate(chunks):
@@ -140,7 +144,17 @@ class Lanes:
 
 def upload(frames: Frames, device: torch.device) -> Tensor:
     """Copy frames, which may be read-only, to a device."""
-    return _tensor(frames).to(device)
+    return _tensor(frames).contiguous().to(device)
+
+
+def _results(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for results, pinned while it is not too much: torch keeps what is, for the next."""
+    if math.prod(shape) * dtype.itemsize <= PINNED_BYTES_MAX:
+        try:
+            return _pinned(shape, dtype)
+        except RuntimeError as error:
+            _log.debug("results are copied to plain memory: %s", error)
+    return torch.empty(shape, dtype=dtype)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -193,7 +207,7 @@ class _Lane:
     def start(self, frames: Frames, results: Sequence[Tensor | None]) -> None:
         """Set out with as many frames as the lane is wide, or fewer: the rest stays as it is.
 
-        Waits for room only. `results` are pinned, and written some time before `wait` returns.
+        Waits for room only, where `results` are pinned; they are written before `wait` returns.
         """
         self._has_room.synchronize()
         # Of several threads, unlike NumPy's.

@@ -48,6 +48,9 @@ BATCHES_GPU = 4  # so many micro-batches at a time hide the copies of all but th
 class Predictions:
     """What is known of B frames; a head that the weights lack gives None.
 
+    From a GPU, arrays may be parts of one block of pinned memory, which lasts as long as any of
+    them: copy what is to be kept for long.
+
     Attributes:
         class_ids: uint8 (B, H, W), or at the size asked for; 255 in frames that are not finite.
         depth: uint16 (B, H / 4, W / 4), codes of the weights' depth codec, 0 where invalid.

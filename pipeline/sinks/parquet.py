@@ -15,8 +15,9 @@ import xxhash
 from pipeline.encode import encode_png, resize_depth_codes
 from pipeline.errors import DAMAGE
 from pipeline.records import AnnotatedShard, FrameRecord
-from pipeline.statistics import NUM_CLASSES, frame_statistics
+from pipeline.statistics import frame_statistics
 from segformer3d.config import DepthCodec
+from segformer3d.labels import NUM_CLASSES
 
 METADATA_KEY = b"segformer3d"
 _PNG = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])

@@ -25,15 +25,15 @@ SHARED_MAX = 113 << 10  # two blocks of a kernel fit into a multiprocessor
 BF16 = {"x_ptr", "weight_ptr", "query_ptr", "kv_ptr", "out_weight_ptr", "finest_ptr", "out_ptr"}
 BF16 |= {"low1_ptr", "low2_ptr", "low3_ptr", "predict_ptr"}
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-WRITES = re.compile(r"\b(?:U[A-Z0-9_.]+|R2UR[A-Z.]*) UR(\d+)")
+WRITES = re.compile(r"\b(?:U[A-Z0-9_.]+|[A-Z0-9]+2UR[A-Z0-9.]*) UR(\d+)")
 UPPER_HALF = re.compile(r"UIADD3\.X UR\d+, UR(\d+), -?0x[0-9a-f]+, URZ")
 
 
-def compiled(kernel, types=None, *, odd=False, launch=None, **constants):
+def compiled(kernel, types=None, *, odd=(), launch=None, **constants):
     """Compile as at a launch; return whether tensor cores are used.
 
     Triton is told what 16 divides, as of most sizes it does, and then makes other code of it;
-    `odd` tells it nothing.
+    `odd` names what it does not divide.
     """
     launch = dict(launch or {})
     options = {name: launch.pop(name) for name in list(launch) if name.startswith("num_")}
@@ -48,7 +48,7 @@ def compiled(kernel, types=None, *, odd=False, launch=None, **constants):
     hints = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if name not in constants and name not in ("outputs", "classes", "eps") and not odd
+        if name not in constants and name not in ("outputs", "classes", "eps", *odd)
     }
     source = ASTSource(kernel, signature, constants, hints)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -75,7 +75,7 @@ def wrong_addresses(cubin):
         if writes := WRITES.search(line):
             register = int(writes[1])
             last[register] = line
-            if ".64" in writes[0]:
+            if ".64" in writes[0] or ".WIDE" in writes[0]:
                 last[register + 1] = line
     return wrong
 
@@ -86,11 +86,16 @@ def _heads(channels, **more):
     return compiled(kernels._heads, {"out_ptr": "*fp32"}, launch=launch, **more)
 
 
-def _attend(channels, width, *, odd=False):
+def _attend(channels, width, *, odd=()):
     launch = blocks.ATTENTION if width >= 64 else blocks.THIN_ATTENTION
     sizes = {"CHANNELS": channels, "WIDTH": width, "OWN": width}
     return compiled(
-        blocks._attend, odd=odd, launch=launch, IS_ONLY=channels == width, IS_EVEN=not odd, **sizes
+        blocks._attend,
+        odd=odd,
+        launch=launch,
+        IS_ONLY=channels == width,
+        IS_EVEN="keys" not in odd,
+        **sizes,
     )
 
 
@@ -98,7 +103,14 @@ def main():
     """Compile all; the narrow widths are those of B0, then of the others."""
     plain = {"weight_ptr": "*fp32"}
     compiled(blocks._depthwise_gelu, plain, launch=blocks.CONVOLUTION)
-    compiled(blocks._depthwise_gelu, plain, launch=blocks.CONVOLUTION, odd=True, height=1, width=1)
+    compiled(
+        blocks._depthwise_gelu,
+        plain,
+        launch=blocks.CONVOLUTION,
+        odd=("channels",),
+        height=1,
+        width=1,
+    )
     for types in ({}, {"x_ptr": "*fp32"}):
         compiled(blocks._norm, types, ROWS=16, CHANNELS=256, SHARES=1 if not types else 8)
     ids = {"out_ptr": "*u8"}
@@ -108,9 +120,11 @@ def main():
     compiled(kernels._class_ids_of_cells, ids, launch=kernels.IDS)
     on_tensor_cores = [
         *(_attend(*sizes) for sizes in ((32, 32), (64, 32), (64, 64), (128, 64))),
-        *(_attend(*sizes, odd=True) for sizes in ((16, 16), (64, 32), (64, 64))),
+        _attend(16, 16, odd=("channels", "keys", "tokens")),
+        *(_attend(*sizes, odd=("keys",)) for sizes in ((64, 32), (64, 64))),
         *(_heads(channels) for channels in (32, 64)),
-        _heads(16, odd=True, outputs=1, classes=1),
+        _heads(64, odd=("height", "width")),
+        _heads(16, odd=("channels", "hidden"), outputs=1, classes=1),
     ]
     for channels in (32, 64, 128):
         launch = {"CHANNELS": channels}
@@ -119,7 +133,7 @@ def main():
         launch = blocks.STEM | {"CHANNELS": channels, "NUM_TAPS": blocks.TAPS}
         launch |= {"BYTES": blocks.TAP_BYTES, "STRIDE": blocks.STEM_STRIDE}
         on_tensor_cores.append(compiled(blocks._stem, {"pixels_ptr": "*u8"}, launch=launch))
-    for stride, odd in ((8, False), (4, False), (8, True)):
+    for stride, odd in ((8, ()), (4, ()), (8, ("grid_h", "grid_w", "count"))):
         launch = blocks.REDUCTION | {"STRIDE": stride}
         made = compiled(blocks._reduce, {"out_ptr": "*fp32"}, odd=odd, launch=launch)
         on_tensor_cores.append(made)

@@ -74,13 +74,13 @@ def test_convolution_and_activation_are_those_of_torch(height):
 
 
 def test_activation_is_that_of_torch_far_from_zero_too():
-    x_bhwc = torch.linspace(-30, 30, 6001).reshape(1, 1, 6001, 1)
-    weight_9c = torch.zeros(9, 1)
+    x_bhwc = torch.linspace(-30, 30, 2001).reshape(1, 1, 1, 2001)
+    weight_9c = torch.zeros(9, 2001)
     weight_9c[4] = 1
-    actual = blocks.depthwise_gelu(x_bhwc, weight_9c, torch.zeros(1))
+    actual = blocks.depthwise_gelu(x_bhwc, weight_9c, torch.zeros(2001))
     torch.testing.assert_close(actual, functional.gelu(x_bhwc), rtol=0, atol=5e-4)
     x_bhwc = torch.tensor([float("nan"), float("inf")]).reshape(2, 1, 1, 1)
-    assert not blocks.depthwise_gelu(x_bhwc, weight_9c, torch.zeros(1)).isfinite().any()
+    assert not blocks.depthwise_gelu(x_bhwc, weight_9c[:, :1], torch.zeros(1)).isfinite().any()
 
 
 def parts_of_heads(channels=40, hidden=80, height=16, width=24):

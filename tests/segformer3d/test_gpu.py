@@ -46,7 +46,7 @@ def test_kernels_compile_for_hopper(project_root, tmp_path):
         check=False,
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
     )
-    assert done.stdout == "18 of 18 use tensor cores\n", done.stderr
+    assert done.stdout == "19 of 19 use tensor cores\n", done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there on Linux only")
@@ -59,11 +59,17 @@ def test_what_compiles_wrong_is_found(monkeypatch):
         /*0030*/  ULEA UR8, UR4, UR8, 0x18 ;
         /*0040*/  UIADD3.X UR5, UR8, -0x7fffffe0, URZ, UP0, !UPT ;
         /*0050*/  UIADD3.X UR27, UR27, 0x40000040, URZ, UP0, !UPT ;
+        /*0060*/  UMOV UR8, URZ ;
+        /*0070*/  S2UR UR8, SR_CgaCtaId ;
+        /*0080*/  UIADD3.X UR5, UR8, -0x7fffffe0, URZ, UP0, !UPT ;
+        /*0090*/  UMOV UR9, URZ ;
+        /*00a0*/  UIMAD.WIDE UR8, UR8, 0x2, UR4 ;
+        /*00b0*/  UIADD3.X UR5, UR9, -0x7fffffe0, URZ, UP0, !UPT ;
     """
     shown = subprocess.CompletedProcess([], 0, stdout=listing)
     monkeypatch.setattr(compiled_kernels.subprocess, "run", lambda *_, **__: shown)
     wrong = compiled_kernels.wrong_addresses(b"")
-    assert [line.split()[0] for line in wrong] == ["/*0040*/", "/*0050*/"]
+    assert [line.split()[0] for line in wrong] == ["/*0040*/", "/*0050*/", "/*0080*/", "/*00b0*/"]
 
 
 class LaneOnCpu:
@@ -166,6 +172,25 @@ def test_a_recording_without_room_is_tried_again(lanes, monkeypatch, caplog):
     assert not caplog.records
 
 
+def test_results_that_cannot_be_pinned_come_all_the_same(lanes, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(gpu_lanes, "_pinned", refuse)
+    for _ in range(3):
+        run(lanes, frames_of(6))
+    monkeypatch.setattr(gpu_lanes, "PINNED_BYTES_MAX", 6 * 32 * 32 * 3 - 1)
+    monkeypatch.setattr(gpu_lanes, "_pinned", lambda *_: pytest.fail("more than is to be pinned"))
+    assert run(lanes, frames_of(6)) == [6]
+
+
+def test_what_was_given_back_is_not_recorded_again_at_once(lanes):
+    for _ in range(2):
+        run(lanes, frames_of(6))
+    assert lanes.clear()
+    assert run(lanes, frames_of(6)) == [4, 2]
+
+
 class FullOfGraphs:
     """Lanes whose graphs leave no room, until they are cleared; a stand-in for a full GPU."""
 
@@ -197,6 +222,8 @@ def test_graphs_give_way_before_frames_do(monkeypatch, micro_batch):
 def test_frames_are_uploaded_whatever_their_layout_without_a_word():
     frames = frames_of(3)
     frames.flags.writeable = False
-    for some in (frames, frames[1:], frames[:, ::-1, :, ::-1]):
+    # Kernels read what is uploaded as if it were contiguous.
+    for some in (frames, frames[1:], frames[:, ::-1, :, ::-1], frames.transpose(0, 2, 1, 3)):
         there = gpu_lanes.upload(some, torch.device("cpu"))
+        assert there.is_contiguous()
         np.testing.assert_array_equal(there.numpy(), some)

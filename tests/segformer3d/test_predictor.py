@@ -268,7 +268,7 @@ def test_a_frame_a_thread_changes_nothing(threads):
 def test_threads_are_set():
     before = torch.get_num_threads()
     try:
-        Predictor(*model_and_info(), threads=1)
+        Predictor(*model_and_info(), threads=1, device="cpu")
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -363,7 +363,7 @@ def test_a_watched_model_runs_its_own_modules_and_one_nobody_holds_is_let_go():
 
 def test_equal_frames_have_equal_outputs_whatever_thread_and_memory():
     """A resume, a retry and another worker must say the same of a frame, to the last bit."""
-    predictor = Predictor(*model_and_info(), threads=1)
+    predictor = Predictor(*model_and_info(), threads=1, device="cpu")
     frames = frames_of(1, 256, 384)
     expected = predictor.predict(frames)
     found = []
