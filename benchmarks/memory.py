@@ -97,6 +97,7 @@ def main() -> None:
         action="store_true",
         help="with the MiT-B0 in the box instead of a tiny network",
     )
+    parser.add_argument("--graph", choices=("staged", "fused"), default="staged")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args()
     measured = []
@@ -107,6 +108,7 @@ def main() -> None:
                 short_side_px=given.short_side,
                 object_store_mib=given.object_store_mib,
                 tiny=not given.bundled,
+                graph=given.graph,
             )
         )
         print(measured[-1], file=sys.stderr, flush=True)
@@ -117,7 +119,7 @@ def main() -> None:
 
 
 def measure(
-    num_images: int, *, short_side_px: int, object_store_mib: int, tiny: bool
+    num_images: int, *, short_side_px: int, object_store_mib: int, tiny: bool, graph: str
 ) -> Measurement:
     """Run one archive and watch it."""
     with tempfile.TemporaryDirectory(prefix="memory-") as name:
@@ -128,7 +130,7 @@ def measure(
         mark, started = uuid.uuid4().hex, time.monotonic()
         with (folder / "said").open("wb") as said:
             driver = subprocess.Popen(
-                _command(folder, short_side_px, object_store_mib),
+                _command(folder, short_side_px, object_store_mib, graph),
                 stdout=subprocess.DEVNULL,
                 stderr=said,
                 env=os.environ | {_MARK: mark, "RAY_TMPDIR": name},
@@ -179,8 +181,9 @@ def make_weights(path: Path) -> None:
     path.write_bytes(untrained_weights(TINY))
 
 
-def _command(folder: Path, short_side_px: int, object_store_mib: int) -> list[str]:
+def _command(folder: Path, short_side_px: int, object_store_mib: int, graph: str) -> list[str]:
     settings = {
+        "ray.graph": graph,
         "geometry.short_side_px": short_side_px,
         "ray.num_cpus": 2,
         "ray.object_store_bytes": object_store_mib * MIB,

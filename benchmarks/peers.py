@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def _pillow_png(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def run_ours(archive: Path, output: Path, cpus: int) -> None:
+def run_ours(archive: Path, output: Path, cpus: int, graph: str = "staged") -> None:
     """`segformer3d run`, in this process."""
     from jobs.runner import run_job
     from jobs.spec import check_spec
@@ -86,7 +87,7 @@ def run_ours(archive: Path, output: Path, cpus: int) -> None:
         "input": {"url": str(archive)},
         "output": {"url": str(output)},
         "shard": {"frames": 16},
-        "ray": {"num_cpus": cpus},
+        "ray": {"num_cpus": cpus, "graph": graph},
     }
     run_job(check_spec(fields, "the benchmark"))
 
@@ -161,6 +162,7 @@ def run_transformers(archive: Path, output: Path, cpus: int) -> None:
 
 CONTESTANTS: dict[str, tuple[Callable[[Path, Path, int], None], str]] = {
     OURS: (run_ours, "ray"),
+    "ours, fused": (partial(run_ours, graph="fused"), "ray"),
     "Ray Data, as documented": (run_ray_data, "ray"),
     "transformers pipeline": (run_transformers, "transformers"),
     "Daft": (run_daft, "daft"),
