@@ -60,7 +60,7 @@ def probe_tar(file: BinaryIO, asset: Asset, beat: Callable[[], None]) -> AssetPr
         has none in ``error``.
     """
     members: dict[str, Asset] = {}
-    left_out = {"overlong": 0, "sparse": 0}
+    left_out = {"overlong": 0, "sparse": 0, "named outside": 0}
     fault: tuple[ErrorKind, str] | None = None
     try:
         for member in _members(file, asset.size_bytes, beat):
@@ -86,7 +86,11 @@ def _take(member: _Member, tar: Asset, members: dict[str, Asset]) -> str | None:
     name = b"/".join(segments)
     text = name.decode("utf-8", "surrogateescape")
     kind = asset_kind(text)
-    if kind is None or is_hidden(text) or not member.is_regular or member.name.endswith(b"/"):
+    if kind is None or not member.is_regular or member.name.endswith(b"/"):
+        return None
+    if b".." in segments:
+        return "named outside"
+    if is_hidden(text):
         return None
     if member.is_sparse:
         return "sparse"

@@ -117,6 +117,10 @@ def test_names_cannot_leave_the_tar(probe):
         'a.tar/q"uote.png',
         "a.tar/%FF.png",
     ]
+    assert (found.missing_kind, found.missing_error) == (
+        "unsupported",
+        "left out are members: 2 named outside",
+    )
 
 
 def test_the_last_of_a_name_counts(probe, tmp_path, worker):
