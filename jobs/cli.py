@@ -272,7 +272,9 @@ def weights_show(path: str | None, as_json: bool) -> None:
     from jobs.weights import describe
 
     fields = describe(path)
-    _print(fields, as_json, "\n".join(f"{name}: {value}" for name, value in fields.items()))
+    # A file may be a stranger's, and holds text.
+    lines = (one_line(f"{name}: {value}") for name, value in fields.items())
+    _print(fields, as_json, "\n".join(lines))
 
 
 cli.add_command(predict)

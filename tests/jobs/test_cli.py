@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from jobs import cli
 from jobs.lease import Heartbeat, beat, is_cancelled, take_lease
-from segformer3d.weights import untrained_weights
+from segformer3d.weights import model_from_bytes, untrained_weights, weights_to_bytes
 from tests.jobs.job_parts import TINY, make_job
 
 
@@ -169,6 +170,18 @@ def test_weights_show(run, tmp_path):
     code, out, _ = run("weights", "show", path, "--json")
     assert code == 0
     assert json.loads(out)["trained"] is False
+
+
+def test_weights_show_sends_a_terminal_nothing_but_text(run, tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    model, info = model_from_bytes(untrained_weights(TINY))
+    odd = replace(info, training_data="\x1b]0;owned\x07 of\nmine")
+    path.write_bytes(weights_to_bytes(model, odd))
+    code, out, _ = run("weights", "show", path)
+    assert code == 0
+    assert "training_data: \ufffd]0;owned\ufffd of mine" in out.splitlines()
+    code, out, _ = run("weights", "show", path, "--json")
+    assert json.loads(out)["training_data"] == odd.training_data
 
 
 def test_help_needs_neither_torch_nor_ray():
