@@ -79,6 +79,12 @@ def _low(low_ptr, b, low_pixels, at, is_low, ns, is_n, hidden):
 
 
 @triton.jit
+def _sum_of_tile(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum what a tile's pixels have; as a plane, or Triton 3.7 cannot compile it for Blackwells."""
+    return tl.sum(tl.reshape(values, (ROWS, COLUMNS)))
+
+
+@triton.jit
 def _heads(
     finest_ptr, weight_ptr, low1_ptr, low2_ptr, low3_ptr, predict_ptr, predict_bias_ptr,
     out_ptr, numbers_ptr,
@@ -148,9 +154,9 @@ def _heads(
     confidence = tl.where(is_q, 1.0 / total, 0.0)
     entropy = tl.where(is_q, tl.log(total) - tl.sum(powers * below, 1) / total, 0.0)
     numbers_ptr += (b * tl.num_programs(0) + tl.program_id(0)) * 3
-    tl.store(numbers_ptr, tl.sum(confidence, 0))
-    tl.store(numbers_ptr + 1, tl.sum(entropy, 0))
-    tl.store(numbers_ptr + 2, tl.sum(tl.sum(is_bad.to(tl.float32), 1), 0))
+    tl.store(numbers_ptr, _sum_of_tile(confidence, ROWS, COLUMNS))
+    tl.store(numbers_ptr + 1, _sum_of_tile(entropy, ROWS, COLUMNS))
+    tl.store(numbers_ptr + 2, _sum_of_tile(tl.sum(is_bad.to(tl.float32), 1), ROWS, COLUMNS))
 
 
 def _around(scale: int) -> int:

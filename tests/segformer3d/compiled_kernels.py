@@ -1,4 +1,4 @@
-"""Compile the GPU's kernels for a Hopper, where there is no GPU, and look at what came out.
+"""Compile the GPU's kernels, for a Hopper above all, where there is none; look at what came out.
 
 No test file by itself: test_gpu.py runs it in a process of its own, where nobody has told Triton
 to interpret. Prints how many kernels use tensor cores.
@@ -21,7 +21,9 @@ from triton.compiler import ASTSource
 from segformer3d import gpu_blocks as blocks
 from segformer3d import gpu_kernels as kernels
 
-SHARED_MAX = 113 << 10  # two blocks of a kernel fit into a multiprocessor
+HOPPER, ADA, BLACKWELL = 90, 89, 100
+# Two blocks of a kernel fit into a multiprocessor of a Hopper; elsewhere one does.
+SHARED_MAX = {HOPPER: 113 << 10, ADA: 99 << 10, BLACKWELL: 227 << 10}
 BF16 = {"x_ptr", "weight_ptr", "query_ptr", "kv_ptr", "out_weight_ptr", "finest_ptr", "out_ptr"}
 BF16 |= {"low1_ptr", "low2_ptr", "low3_ptr", "predict_ptr"}
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -29,7 +31,7 @@ WRITES = re.compile(r"\b(?:U[A-Z0-9_.]+|[A-Z0-9]+2UR[A-Z0-9.]*) UR(\d+)")
 UPPER_HALF = re.compile(r"UIADD3\.X UR\d+, UR(\d+), -?0x[0-9a-f]+, URZ")
 
 
-def compiled(kernel, types=None, *, odd=(), launch=None, **constants):
+def compiled(kernel, types=None, *, odd=(), launch=None, arch=HOPPER, **constants):
     """Compile as at a launch; return whether tensor cores are used.
 
     Triton is told what 16 divides, as of most sizes it does, and then makes other code of it;
@@ -51,9 +53,11 @@ def compiled(kernel, types=None, *, odd=(), launch=None, **constants):
         if name not in constants and name not in ("outputs", "classes", "eps", *odd)
     }
     source = ASTSource(kernel, signature, constants, hints)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     name = f"{kernel.fn.__name__} {constants}"
-    assert made.metadata.shared <= SHARED_MAX, (name, made.metadata.shared)
+    assert made.metadata.shared <= SHARED_MAX[arch], (name, made.metadata.shared)
+    if arch != HOPPER:
+        return False
     assert not (bad := wrong_addresses(made.asm["cubin"])), (name, bad)
     return "wgmma" in made.asm["ptx"]
 
@@ -137,6 +141,9 @@ def main():
         launch = blocks.REDUCTION | {"STRIDE": stride}
         made = compiled(blocks._reduce, {"out_ptr": "*fp32"}, odd=odd, launch=launch)
         on_tensor_cores.append(made)
+    # What needs most, for other GPUs.
+    for arch in (ADA, BLACKWELL):
+        _heads(64, arch=arch)
     print(f"{sum(on_tensor_cores)} of {len(on_tensor_cores)} use tensor cores")
 
 
