@@ -178,10 +178,10 @@ def _without_ray(folder: Path, weights: bytes, report: Report, clock: GpuClock) 
         decode = DecodeShard(context)
         # Each thread's first call starts its decoding child.
         decoders.warm(lambda: decode(tables[0]))
-        decoded = _rate_alone(
+        decode_rate = _rate_alone(
             decoders, lambda table: _num_frames(decode(table)), itertools.cycle(tables), DECODE
         )
-        report.keep(DECODE, decoded)
+        report.keep(DECODE, decode_rate)
         # The model is this thread's, in which torch is told how many threads it may take.
         annotate = AnnotateShard(context, weights)
         kept = [decoded for _, decoded in decoders.run(decode, tables[:KEPT_SHARDS])]

@@ -41,7 +41,7 @@ from segformer3d.heads import FoldedHeads
 from segformer3d.predictor import Predictor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -143,7 +143,7 @@ def measure(
     """Compare all contestants."""
     model, info = random_model(ModelConfig(variant=variant, head_width=256))
     drawn = make_frames(size)
-    frames = np.concatenate([drawn[turn % len(drawn)] for turn in range(given.frames)])
+    frames = _repeated(drawn, given.frames)
     origin = OriginEager(origin_network(model), info.preprocessing)
     operations, moved = operations_of(model, drawn[0]), bytes_of(info.config, size)
     predictor = Predictor(model, info, device=device, micro_batch=given.micro_batch)
@@ -175,8 +175,7 @@ def profile(variant: str, size: tuple[int, int], given: argparse.Namespace) -> I
     """Markdown of the kernels of ours, longest first."""
     model, info = random_model(ModelConfig(variant=variant, head_width=256))
     predictor = Predictor(model, info, device=given.device, micro_batch=given.micro_batch)
-    drawn = make_frames(size)
-    frames = np.concatenate([drawn[turn % len(drawn)] for turn in range(given.frames)])
+    frames = _repeated(make_frames(size), given.frames)
     for _ in range(CALLS_TO_RECORD + 1):
         predictor.predict(frames)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -187,6 +186,10 @@ def profile(variant: str, size: tuple[int, int], given: argparse.Namespace) -> I
     for kernel in kernels:
         us = kernel.device_time_total / len(frames)
         yield f"| {us:.2f} | {kernel.count} | `{kernel.key[:80]}` |"
+
+
+def _repeated(drawn: Sequence[Frames], count: int) -> Frames:
+    return np.concatenate([drawn[turn % len(drawn)] for turn in range(count)])
 
 
 def _ours(predictor: Predictor, frames: Frames) -> NDArray[Any]:

@@ -76,8 +76,11 @@ def _gelu(x):
 
 
 @triton.jit
-def _normed(x, scale, bias, channels, eps, is_c):
+def _normed(x, cs, is_c, channels, shift_ptr, scale_ptr, bias_ptr, eps):
     """Norm float32 rows whose columns beyond the channels are 0."""
+    x += tl.load(shift_ptr + cs, mask=is_c, other=0.0)[None, :]
+    scale = tl.load(scale_ptr + cs, mask=is_c, other=0.0)
+    bias = tl.load(bias_ptr + cs, mask=is_c, other=0.0)
     mean = tl.sum(x, 1) / channels
     centred = tl.where(is_c[None, :], x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / channels
@@ -95,10 +98,7 @@ def _normed_rows(
         mask=is_row[:, None] & is_c[None, :],
         other=0.0,
     ).to(tl.float32)
-    x += tl.load(shift_ptr + cs, mask=is_c, other=0.0)[None, :]
-    scale = tl.load(scale_ptr + cs, mask=is_c, other=0.0)
-    bias = tl.load(bias_ptr + cs, mask=is_c, other=0.0)
-    return _normed(x, scale, bias, channels, eps, is_c).to(DTYPE)
+    return _normed(x, cs, is_c, channels, shift_ptr, scale_ptr, bias_ptr, eps).to(DTYPE)
 
 
 @triton.jit
@@ -131,10 +131,7 @@ def _stem(
             other=0.0,
         )
         sums = tl.dot(value, weight, sums)
-    sums += tl.load(shift_ptr + cs, mask=is_c, other=0.0)[None, :]
-    scale = tl.load(scale_ptr + cs, mask=is_c, other=0.0)
-    bias = tl.load(bias_ptr + cs, mask=is_c, other=0.0)
-    out = _normed(sums, scale, bias, channels, eps, is_c)
+    out = _normed(sums, cs, is_c, channels, shift_ptr, scale_ptr, bias_ptr, eps)
     tl.store(
         out_ptr + (row * out_w + xs)[:, None] * channels + cs[None, :],
         out.to(out_ptr.dtype.element_ty),
@@ -184,10 +181,7 @@ def _norm(
         x += tl.load(
             x_ptr + (share * count + rows)[:, None] * channels + cs[None, :], mask=mask, other=0.0
         )
-    x += tl.load(shift_ptr + cs, mask=is_c, other=0.0)[None, :]
-    scale = tl.load(scale_ptr + cs, mask=is_c, other=0.0)
-    bias = tl.load(bias_ptr + cs, mask=is_c, other=0.0)
-    out = _normed(x, scale, bias, channels, eps, is_c)
+    out = _normed(x, cs, is_c, channels, shift_ptr, scale_ptr, bias_ptr, eps)
     tl.store(
         out_ptr + rows[:, None] * channels + cs[None, :],
         out.to(out_ptr.dtype.element_ty),
