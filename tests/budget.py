@@ -44,10 +44,10 @@ class Share:
         end = time.monotonic() + self.seconds
         return lambda: time.monotonic() >= end
 
-    def rounds(self, count: int) -> Iterator[int]:
-        """Numbers below ``count`` until the share is spent, one at least."""
+    def rounds(self, count: int, first: int = 0) -> Iterator[int]:
+        """Numbers from ``first`` to below ``count`` until the share is spent, one at least."""
         is_over = self.clock()
-        for number in range(count):
-            if number and is_over():
+        for number in range(first, count):
+            if number > first and is_over():
                 return
             yield number

@@ -29,6 +29,8 @@ from tests.integration.jobs_under_test import (
 from tests.integration.traced_cli import TRACE_FOLDER, Event, read_trace, trace_path
 
 NUM_ROUNDS = 50
+# Where another run of this test ended, so that one may go on with what that left.
+FIRST_ROUND = int(os.environ.get("CHAOS_FIRST_ROUND", "0"))
 # Of each kind of fault.
 SHARE = Share(6)
 SEED = 20261127
@@ -259,7 +261,7 @@ def test_a_broken_cluster_loses_nothing_and_does_little_twice(
     kind: str, field_of_battle: Field, undisturbed: list[Row], tmp_path: Path
 ) -> None:
     rounds = []
-    for number in SHARE.rounds(NUM_ROUNDS):
+    for number in SHARE.rounds(NUM_ROUNDS, first=FIRST_ROUND):
         rng = random.Random(f"{SEED} {kind} {number}")
         on_s3 = number % 2 == 1
         url = f"s3://out/{uuid4().hex}" if on_s3 else str(tmp_path / f"job-{number}")
