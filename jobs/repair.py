@@ -104,7 +104,7 @@ def _make_pngs(store: Store, bad: Mapping[str, tuple[int, int]]) -> None:
             record = store.read(generation.commit_key(shard_id))
             for file in parse_commit(record, plan.plan_id, shard_id).files:
                 rows = store.read(f"{generation.prefix}{file.path}")
-                progress.advance(write_png_tree(store, rows, only=keys))
+                progress.advance(write_png_tree(store, rows, anew=number > 0, only=keys))
 
 
 def _refuse_company(store: Store) -> None:

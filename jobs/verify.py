@@ -300,7 +300,8 @@ class _Generation:
             self._break(spec.shard_id, f"shard {spec.shard_id}: {message}")
 
     def _compare_pngs(self, shard_id: int, data: bytes) -> None:
-        for key, is_right in compare_png_tree(self.store, data):
+        anew = self.generation.number > 0
+        for key, is_right in compare_png_tree(self.store, data, anew=anew):
             if is_right:
                 # What an older generation said of the same frame does not count any more.
                 self.findings.bad_pngs.pop(key, None)

@@ -23,7 +23,6 @@ from pipeline.errors import JobError
 from pipeline.pinned import DamagedError, read_pinned
 from pipeline.records import ShardReceipt
 from pipeline.sinks.parquet import parse_parquet
-from pipeline.sinks.png import write_png_tree
 from pipeline.stages import (
     AnnotateShard,
     DecodeShard,
@@ -32,7 +31,7 @@ from pipeline.stages import (
     cached_store,
     is_device_lost,
     is_draining,
-    mark_png_done,
+    make_pngs,
 )
 from pipeline.storage import Store
 
@@ -349,8 +348,7 @@ class _WritePngs:
         (item,) = table.to_pylist()
         store = cached_store(self.context.job_url, self.context.job_storage)
         data = _read_committed(store, item["key"], item["sha256"])
-        write_png_tree(store, data)
-        mark_png_done(store, self.context.layout, item["shard_id"])
+        make_pngs(store, self.context.layout, item["shard_id"], data)
         receipt = ShardReceipt(
             shard_id=item["shard_id"], won=False, num_rows=0, num_ok=0, size_bytes=len(data)
         )

@@ -286,8 +286,7 @@ class PublishShard:
             store, context.layout, context.plan_id, shard.shard_id, shard.frames, data
         )
         if won and context.write_png:
-            write_png_tree(store, data)
-            mark_png_done(store, context.layout, shard.shard_id)
+            make_pngs(store, context.layout, shard.shard_id, data)
         return ShardReceipt(
             shard_id=shard.shard_id,
             won=won,
@@ -300,8 +299,9 @@ class PublishShard:
         )
 
 
-def mark_png_done(store: Store, layout: Generation, shard_id: int) -> None:
-    """Note that a shard's PNGs are complete; repeating it is harmless."""
+def make_pngs(store: Store, layout: Generation, shard_id: int, data: bytes) -> None:
+    """Make a shard's PNGs of its winning data, and note that; repeating it is harmless."""
+    write_png_tree(store, data, anew=layout.number > 0)
     store.put(layout.png_done_key(shard_id), b"")
 
 

@@ -26,57 +26,75 @@ _COMPARED_AT_A_TIME = 48
 _COLUMNS = ["asset", "frame_index", "pts_s", "width", "height", "status", "class_ids", "depth"]
 
 
-def write_png_tree(store: Store, data: bytes, *, only: Container[str] | None = None) -> int:
+def write_png_tree(
+    store: Store, data: bytes, *, anew: bool, only: Container[str] | None = None
+) -> int:
     """Write the PNGs of every good row of a shard.
 
     Args:
         store: The job's store.
         data: Bytes of the shard's winning Parquet object.
-        only: Keys to write; all unless told.
+        anew: Whether an older generation may have made PNGs of its frames: those of frames that
+            are errors now are deleted.
+        only: Keys to see to; all unless told.
 
     Returns:
-        How many PNGs were written.
+        How many PNGs were written or deleted.
     """
     written = 0
-    for key, png in _pngs(data):
-        if only is None or key in only:
+    stale: list[str] = []
+    for key, png in _pngs(data, anew=anew):
+        if only is not None and key not in only:
+            continue
+        if png is None:
+            stale.append(key)
+        else:
             store.put(key, png)
             written += 1
-    return written
+    store.delete(stale)
+    return written + len(stale)
 
 
-def compare_png_tree(store: Store, data: bytes) -> Iterator[tuple[str, bool]]:
+def compare_png_tree(store: Store, data: bytes, *, anew: bool) -> Iterator[tuple[str, bool]]:
     """Compare the PNGs of a shard with what its data says.
 
     Args:
         store: The job's store.
         data: Bytes of the shard's winning Parquet object.
+        anew: As for ``write_png_tree``: then an error's frame must have none.
 
     Yields:
-        The key of every PNG, and whether it is there and what it should be.
+        The key of every PNG, and whether it is what it should be, or absent if it should be.
 
     Raises:
         StorageError: One cannot be read.
     """
-    made = _pngs(data)
+    made = _pngs(data, anew=anew)
     while expected := dict(islice(made, _COMPARED_AT_A_TIME)):
         for key, found in store.read_many(expected):
+            wanted = expected[key]
             if isinstance(found, ObjectNotFoundError):
-                yield key, False
+                yield key, wanted is None
             elif isinstance(found, StorageError):
                 raise found
             else:
-                yield key, is_same_png(found, expected[key])
+                yield key, wanted is not None and is_same_png(found, wanted)
 
 
-def _pngs(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Keys and bytes of the PNGs of every good row of a shard."""
+def _pngs(data: bytes, *, anew: bool) -> Iterator[tuple[str, bytes | None]]:
+    """Keys and bytes of a shard's PNGs; if made anew, also keys that an error must not have."""
     for row in read_rows(data, _COLUMNS):
-        if row["status"] != "ok":
-            continue
-        stem = png_stem(row["asset"], row["frame_index"], is_video=row["pts_s"] is not None)
-        for suffix, picture in _pictures(row).items():
-            yield f"{stem}{suffix}", encode_png(picture)
+        asset, index = row["asset"], row["frame_index"]
+        if row["status"] == "ok":
+            stem = png_stem(asset, index, is_video=row["pts_s"] is not None)
+            for suffix, picture in _pictures(row).items():
+                yield f"{stem}{suffix}", encode_png(picture)
+        elif anew and index >= 0:
+            # A file that is gone does not say any more which of the two it was.
+            for is_video in (False, True) if row["pts_s"] is None else (True,):
+                stem = png_stem(asset, index, is_video=is_video)
+                for suffix in (*PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX):
+                    yield f"{stem}{suffix}", None
 
 
 def _pictures(row: dict[str, Any]) -> dict[str, UInt8Array | UInt16Array]:

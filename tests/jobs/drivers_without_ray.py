@@ -27,8 +27,7 @@ from jobs.record import read_job
 from pipeline import graph
 from pipeline.graph import PendingPart
 from pipeline.records import ShardReceipt, shards_from_table
-from pipeline.sinks.png import write_png_tree
-from pipeline.stages import PublishShard, StageContext, is_draining, mark_png_done
+from pipeline.stages import PublishShard, StageContext, is_draining, make_pngs
 from pipeline.storage import StorageOptions, open_store
 from tests.jobs.job_parts import Job
 
@@ -57,8 +56,7 @@ def draw(
     """What the graph of the PNGs does."""
     store = context.store()
     for shard_id, key, _ in data_keys:
-        write_png_tree(store, store.read(key))
-        mark_png_done(store, context.layout, shard_id)
+        make_pngs(store, context.layout, shard_id, store.read(key))
         yield ShardReceipt(shard_id=shard_id, won=False, num_rows=0, num_ok=0, size_bytes=0)
 
 

@@ -417,6 +417,26 @@ def test_pngs_follow_the_newest_generation(call, job, archive):
     ]
 
 
+def test_a_frame_that_a_repair_finds_gone_has_no_pngs_any_more(call, job, archive):
+    before = {item.key for item in job.list("png/")}
+    for path in ("0.jpg", "drive.mp4"):
+        (archive / path).unlink()
+    job.delete([item.key for item in job.list(FIRST.data_prefix)])
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["complete"]) == (0, True)
+    after = {item.key for item in job.list("png/")}
+    gone = {key for key in before if key.startswith(("png/0.jpg_", "png/drive.mp4/"))}
+    assert len(gone) == 33
+    assert after == before - gone
+    stale = "png/drive.mp4/000004_color.png"
+    job.put(stale, job.read("png/1.jpg_color.png"))
+    code, said = call("verify", job.url, "--json")
+    assert (code, list(said["bad_pngs"])) == (1, [stale])
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["complete"], len(read_plans(job))) == (0, True, 2)
+    assert {item.key for item in job.list("png/")} == after
+
+
 def test_a_retry_leaves_no_pngs_behind(call, job):
     lose_pngs(job)
     code, err = call("retry", job.url)

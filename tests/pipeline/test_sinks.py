@@ -126,7 +126,7 @@ def test_an_empty_reading_is_no_parquet():
 
 def test_png_tree(tmp_path, shard):
     store = open_store(str(tmp_path / "job"), create=True)
-    assert write_png_tree(store, encode_shard(shard, {})) == 6
+    assert write_png_tree(store, encode_shard(shard, {}), anew=False) == 6
     folder = tmp_path / "job/png/drive/a.mp4"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         f"{index:06d}{suffix}"

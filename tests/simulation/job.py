@@ -739,14 +739,14 @@ def _run_png_graph(
     store = context.store()
     for shard_id, key, _ in data_keys:
         try:
-            stages.write_png_tree(store, store.read(key))
-            stages.mark_png_done(store, context.layout, shard_id)
+            stages.make_pngs(store, context.layout, shard_id, store.read(key))
         except StorageError as error:
             raise JobError(str(error)) from error
         yield ShardReceipt(shard_id=shard_id, won=False, num_rows=0, num_ok=0, size_bytes=0)
 
 
-def _write_pngs(store: Store, data: bytes) -> None:
+def _write_pngs(store: Store, data: bytes, *, anew: bool) -> None:
+    assert not anew
     shard_id = int(data.split(b",")[0].removeprefix(b"shard "))
     store.put(f"{PNG_PREFIX}{shard_id}", data)
 
