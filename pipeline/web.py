@@ -7,6 +7,7 @@ used: behind one, nothing could be said of where a request ends.
 
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -31,6 +32,9 @@ from pipeline.errors import (
 from pipeline.urls import check_web_url, public_addresses, shown
 
 _STALL_TIMEOUT_S = 30.0
+# A server that sends a byte in each of these silences would take for ever.
+_PATIENCE_S = 60.0
+_SLOWEST_BYTES_PER_S = 10_000
 _CHUNK_BYTES = 1 << 20
 _KINDS: dict[int, type[StorageError]] = {
     401: ObjectForbiddenError,
@@ -45,19 +49,31 @@ class WebFile:
 
     def __init__(self, url: str, answer: HTTPResponse) -> None:
         self._url, self._answer = url, answer
+        self._num_bytes, self._started = 0, time.monotonic()
 
     def read(self, size: int) -> bytes:
-        """The next bytes, at most ``size``; empty at the end.
+        """The next ``size`` bytes; fewer at the end only.
 
         Raises:
-            StoreUnavailableError: The connection stalls, or ends before the body does.
+            StoreUnavailableError: The connection stalls, crawls, or ends before the body does.
         """
+        pieces = bytearray()
+        while len(pieces) < size and (piece := self._piece(size - len(pieces))):
+            pieces += piece
+        return bytes(pieces)
+
+    def _piece(self, size: int) -> bytes:
         try:
-            data = self._answer.read(size)
+            data = self._answer.read1(size)
         except (OSError, HTTPException) as error:
             raise _unavailable(self._url, error) from error
-        if not data and size and self._answer.length:
+        if not data and self._answer.length:
             raise StoreUnavailableError(f"{shown(self._url)}: the connection ended early")
+        self._num_bytes += len(data)
+        seconds = time.monotonic() - self._started
+        if seconds > _PATIENCE_S and self._num_bytes < seconds * _SLOWEST_BYTES_PER_S:
+            message = f"too slow: {self._num_bytes} bytes in {seconds:.0f} s"
+            raise StoreUnavailableError(f"{shown(self._url)}: {message}")
         return data
 
 

@@ -1,6 +1,7 @@
 """A web server on loopback for tests: files from memory, redirects, and what it was asked."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ class WebServer:
         files: Bodies by path, without the query.
         redirects: Targets by path.
         promised: Content lengths that are said instead of the true ones, by path.
+        pauses: Seconds after each byte, by path.
         asked: Paths with their queries, in order.
         headers: Of each request.
     """
@@ -24,6 +26,7 @@ class WebServer:
     files: dict[str, bytes] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     promised: dict[str, int] = field(default_factory=dict)
+    pauses: dict[str, float] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
@@ -48,7 +51,12 @@ def serve(host: str = "127.0.0.1") -> Iterator[WebServer]:
                 self.send_response(200)
                 self.send_header("Content-Length", str(held.promised.get(path, len(data))))
                 self.end_headers()
-                self.wfile.write(data)
+                if path in held.pauses:
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(held.pauses[path])
+                else:
+                    self.wfile.write(data)
             else:
                 self.send_error(404)
 

@@ -258,6 +258,16 @@ def test_a_server_that_hangs_is_given_up(loopback_is_public, monkeypatch):
         read_web(f"http://127.0.0.1:{silent.getsockname()[1]}/x", 10)
 
 
+def test_a_server_that_sends_a_byte_at_a_time_is_given_up(server, loopback_is_public, monkeypatch):
+    monkeypatch.setattr(web, "_PATIENCE_S", 0.3)
+    server.files["/slow"] = b"x" * 500
+    server.pauses["/slow"] = 0.01
+    with pytest.raises(StoreUnavailableError, match=r"slow: too slow: \d+ bytes in 0 s"):
+        read_web(f"{server.url}/slow", 1000)
+    monkeypatch.setattr(web, "_SLOWEST_BYTES_PER_S", 10)
+    assert read_web(f"{server.url}/slow", 1000) == b"x" * 500
+
+
 def test_addresses_of_a_host(monkeypatch):
     monkeypatch.setenv(ALLOW_PRIVATE, "1")
     assert public_addresses("127.0.0.1", 80) == ["127.0.0.1"]
