@@ -190,9 +190,10 @@ class RaySection(_Section):
         ge=1,
         description="Decode tasks at a time, and publish tasks, if staged; default one per CPU.",
     )
-    graph: Literal["staged", "fused"] = Field(
-        "staged",
-        description="Decoding and publishing in tasks of their own, or all beside the model.",
+    graph: Literal["auto", "staged", "fused"] = Field(
+        "auto",
+        description="Decoding and publishing in tasks of their own, or all beside the model; auto: "
+        "fused on the CPUs of one machine, staged on GPUs and on clusters.",
     )
     num_cpus: Whole | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
     object_store_bytes: Whole | None = Field(

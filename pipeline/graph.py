@@ -104,6 +104,16 @@ class WeightsFile:
     sha256: str
 
 
+def choose_graph(num_gpus: float, *, one_machine: bool) -> GraphKind:
+    """Fused, unless a GPU wants more decoders than its own process has, or nodes may be lost.
+
+    Args:
+        num_gpus: GPUs of the cluster.
+        one_machine: Whether that is this machine only.
+    """
+    return "fused" if one_machine and num_gpus < 1 else "staged"
+
+
 def choose_resources(
     num_cpus: float,
     num_gpus: float,

@@ -11,7 +11,7 @@ from pipeline.layout import Generation, death_of
 from pipeline.sinks.parquet import frame_id
 from tests.integration.jobs_under_test import (
     END_S,
-    FUSED,
+    SETTINGS,
     JobUnderTest,
     make_archive,
     make_weights,
@@ -40,7 +40,7 @@ def job(tmp_path, monkeypatch):
         url=str(tmp_path / "job"),
         weights=make_weights(tmp_path / "weights.safetensors"),
         folder=tmp_path / "said",
-        settings=FUSED,
+        settings=SETTINGS,
     )
     with made.nothing_left():
         yield made

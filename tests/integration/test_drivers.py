@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.jobs_under_test import (
-    SETTINGS,
+    STAGED,
     JobUnderTest,
     make_archive,
     make_weights,
@@ -32,7 +32,7 @@ def job(folder: Path) -> Iterator[JobUnderTest]:
         url=str(folder / "out"),
         weights=make_weights(folder / "weights.safetensors"),
         folder=folder / "said",
-        settings=(*SETTINGS, "ray.num_cpus=1"),
+        settings=(*STAGED, "ray.num_cpus=1"),
     )
     with job.nothing_left():
         yield job

@@ -8,7 +8,7 @@ import pytest
 from pipeline.storage import open_store
 from tests.fault_proxy import FAULTS, run_fault_proxy
 from tests.integration.jobs_under_test import (
-    SETTINGS,
+    STAGED,
     JobUnderTest,
     add_bad_inputs,
     make_archive,
@@ -75,5 +75,5 @@ def _job(root: str, folder: Path) -> JobUnderTest:
         url=f"s3://out/{uuid4().hex}",
         weights=make_weights(folder / "weights.safetensors"),
         folder=folder / "said",
-        settings=(*SETTINGS, "output.png=true"),
+        settings=(*STAGED, "output.png=true"),
     )

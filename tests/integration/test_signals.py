@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.jobs_under_test import (
     END_S,
-    FUSED,
+    SETTINGS,
     Driver,
     JobUnderTest,
     make_archive,
@@ -34,7 +34,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobUnderTest]:
         url=str(folder / "out"),
         weights=make_weights(folder / "weights.safetensors"),
         folder=folder / "said",
-        settings=FUSED,
+        settings=SETTINGS,
     )
     with job.nothing_left():
         yield job

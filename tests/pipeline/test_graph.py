@@ -40,3 +40,9 @@ def test_fused_actors_and_the_task_that_feeds_them_fit(num_cpus: int) -> None:
     assert actors + graph._IO_TASK_CPUS <= num_cpus
     assert resources.max_io_tasks <= 2 * num_cpus
     assert graph.choose_resources(num_cpus, 0).graph == "staged"
+
+
+def test_one_machine_without_gpus_is_fused() -> None:
+    assert graph.choose_graph(0, one_machine=True) == "fused"
+    assert graph.choose_graph(1, one_machine=True) == "staged"
+    assert graph.choose_graph(0, one_machine=False) == "staged"
