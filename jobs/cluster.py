@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import socket
+import sysconfig
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 from jobs.progress import say
 from jobs.spec import RaySection
+from pipeline.deaths import private_folder
 from pipeline.errors import JobError, UserError
 
 # What exceeds the object store waits (backpressure), so it also bounds the memory of a run. As many
@@ -208,7 +210,7 @@ def _join(address: str) -> None:
 
     _await_raylet(address)
     try:
-        with _quietly(), _literal_loopback():
+        with _quietly(), _literal_loopback(), _own_folder():
             ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError) as error:
         message = f"the Ray cluster at {address}: {_first_line(error.__cause__ or error)}"
@@ -241,7 +243,7 @@ def _embed(settings: RaySection) -> None:
     _make_token()
     # Loopback only: nobody else's business.
     try:
-        with _quietly(), _literal_loopback():
+        with _quietly(), _literal_loopback(), _own_folder():
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus,
@@ -251,6 +253,7 @@ def _embed(settings: RaySection) -> None:
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
                 _node_ip_address="127.0.0.1",
+                _temp_dir=_ray_folder(),
             )
     except Exception as error:
         # On a machine that is very busy Ray gives up with a bare Exception.
@@ -265,6 +268,26 @@ def object_store_bytes(num_cpus: int) -> int:
     if _SHARED_MEMORY.is_dir():
         wanted = min(wanted, shutil.disk_usage(_SHARED_MEMORY).total // 2)
     return max(_OBJECT_STORE_BYTES, wanted)
+
+
+def _ray_folder() -> str | None:
+    """Where an embedded Ray has its sockets; its own choice would be open to every user."""
+    if os.environ.get("RAY_TMPDIR"):
+        return None
+    return str(private_folder() / "ray")
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[None]:
+    """Let Ray start where our code lies, or in the root folder if Python finds that anyway.
+
+    It makes the driver's folder the first place where workers look for modules: in an archive of
+    somebody else's, a `cv2.py` would run.
+    """
+    code = Path(__file__).resolve().parents[1]
+    is_installed = str(code) in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    with contextlib.chdir("/" if is_installed else code):
+        yield
 
 
 @contextlib.contextmanager

@@ -205,7 +205,7 @@ class _Driver:
             context = self._context(plan)
             parts = pending_parts(plan, manifest, backwards=self.lease % 2 == 0)
             if parts:
-                resources = self._resources(cluster)
+                resources = self._resources(cluster, sum(len(part.shard_ids) for part in parts))
                 record = self.job.record
                 weights = WeightsFile(key=record.weights_key, sha256=record.weights_sha256)
                 self._follow(run_graph(context, parts, weights, resources), plan, manifest)
@@ -226,15 +226,17 @@ class _Driver:
                         pass
         return manifest
 
-    def _resources(self, cluster: Cluster) -> "Resources":
+    def _resources(self, cluster: Cluster, num_shards: int) -> "Resources":
         from pipeline.graph import choose_graph, choose_resources
 
         wanted = self.job.spec.ray
         kind = wanted.graph
         if kind == "auto":
             kind = choose_graph(cluster.num_gpus, one_machine=cluster.embedded)
+        # A model without a shard would only take memory, and Ray would wonder at it.
+        max_actors = min(wanted.max_actors or num_shards, num_shards)
         return choose_resources(
-            cluster.num_cpus, cluster.num_gpus, wanted.max_actors, wanted.max_io_tasks, kind
+            cluster.num_cpus, cluster.num_gpus, max_actors, wanted.max_io_tasks, kind
         )
 
     def _follow(self, receipts: Iterator[ShardReceipt], plan: Plan, manifest: Manifest) -> None:

@@ -84,7 +84,7 @@ class Journal:
     def __init__(self, store: Store, generation: Generation, lease: int) -> None:
         self._store, self._generation = store, generation
         job = hashlib.sha256(f"{store.url} {generation.number}".encode()).hexdigest()[:20]
-        folder = _private_folder()
+        folder = private_folder()
         self._report(job, lease)
         self._deaths = self._list()
         self._listed_s = time.monotonic()
@@ -161,8 +161,8 @@ def spare(shard: DecodedShard, deaths: Deaths) -> DecodedShard:
     return replace(shard, frames=tuple(frames), pixels=shard.pixels[np.array(kept, np.intp)])
 
 
-def _private_folder() -> Path:
-    """A folder that only this user writes to; another one if somebody else was there first."""
+def private_folder() -> Path:
+    """A temporary folder of this user alone; another one if somebody else was there first."""
     with suppress(FileExistsError):
         Path(tempfile.gettempdir(), _folder_name()).mkdir(mode=0o700)
     return next(_own_folders(), None) or Path(tempfile.mkdtemp(prefix=f"{_folder_name()}-"))

@@ -95,6 +95,8 @@ class JobUnderTest:
         mark: What all processes of the job carry in their environment.
         module: What is run as the command line.
         environment: What its environment holds besides: where a cluster is, for one.
+        started_in: The folder that it is started in, which Python shall not look into, as it does
+            not for the installed command; None for this one.
     """
 
     archive: str
@@ -105,6 +107,7 @@ class JobUnderTest:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     module: str = "jobs.cli"
     environment: Mapping[str, str] = field(default_factory=dict)
+    started_in: Path | None = None
 
     @functools.cached_property
     def store(self) -> Store:
@@ -132,9 +135,11 @@ class JobUnderTest:
             name: value for name, value in os.environ.items() if not name.startswith("RAY_")
         }
         own = {_MARK: self.mark, "RAY_TMPDIR": str(ray_folder(self.folder))}
+        python = [sys.executable] if self.started_in is None else [sys.executable, "-P"]
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *arguments],
+                [*python, "-m", self.module, *arguments],
+                cwd=self.started_in,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

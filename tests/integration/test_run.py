@@ -25,6 +25,7 @@ pytestmark = pytest.mark.ray
 NUM_FRAMES = {"drive/a.mp4": 25, "drive/b.mkv": 20, "drive/c.mov": 15, "night/d.ts": 15}
 STILLS = {"stills/one.jpg": (160, 96), "stills/two.png": (64, 200), "odd % ä/three.JPG": (96, 64)}
 SETTINGS = ("geometry.short_side_px=64", "shard.frames=16", "output.png=true")
+POISON = ("cv2.py", "numpy.py", "pipeline.py", "sitecustomize.py")
 GEOMETRY = Geometry(short_side_px=64)
 
 
@@ -52,18 +53,26 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(archive, weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
+    for name in POISON:
+        (folder / name).write_text(f"open({str(folder / 'was-run')!r}, 'a').write({name!r})\n")
     job = JobUnderTest(
         archive=str(archive),
         url=str(folder / "job"),
         weights=weights,
         folder=folder / "logs",
         settings=SETTINGS,
+        started_in=folder,
     )
     with job.nothing_left():
         driver = job.run()
         assert driver.end() == 0, driver.said
         job.wait_until_gone()
         yield job
+
+
+def test_no_code_of_the_folder_where_it_is_started_runs(local):
+    assert all((local.started_in / name).exists() for name in POISON)
+    assert not (local.started_in / "was-run").exists()
 
 
 def table(job):
