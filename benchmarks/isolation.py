@@ -25,7 +25,7 @@ from pipeline.geometry import UInt8Array
 from pipeline.records import Asset, ShardSpec, Slice
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import slice_asset
-from pipeline.sources.video import quiet_ffmpeg
+from pipeline.sources.video_file import quiet_ffmpeg
 from pipeline.storage import StorageOptions, open_store
 from tests.media import encode_cv2, picture, write_video
 

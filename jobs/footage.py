@@ -30,7 +30,9 @@ from pipeline.records import Asset, AssetKind
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
 from pipeline.sources.listing import asset_kind, list_assets
-from pipeline.sources.video import probe_video, quiet_ffmpeg, read_frames
+from pipeline.sources.video import probe_video
+from pipeline.sources.video_file import quiet_ffmpeg
+from pipeline.sources.video_frames import read_frames
 from pipeline.storage import StorageOptions, Store, escape_path, open_input, unescape_path
 from pipeline.storage.paths import literal_glob
 from pipeline.urls import FILES, STORE_SCHEMES, WEB_SCHEMES, check_scheme, shown

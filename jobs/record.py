@@ -15,7 +15,7 @@ from pipeline.storage import Store, create_once, probe_conditional_writes
 from pipeline.typed import KNOWN_FIELDS_ONLY, from_json
 
 # Changes only when the same inputs would give other outputs.
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

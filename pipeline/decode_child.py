@@ -49,7 +49,9 @@ from pipeline.records import Asset, Slice
 from pipeline.sources.assets import AssetProbe, DecodeLimits, check_pixels
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
 from pipeline.sources.tar import probe_tar
-from pipeline.sources.video import probe_video, quiet_ffmpeg, read_frames
+from pipeline.sources.video import probe_video
+from pipeline.sources.video_file import quiet_ffmpeg
+from pipeline.sources.video_frames import read_frames
 from pipeline.storage import Store, open_store, open_window, unescape_path
 
 _PREFETCH_THREADS = 8
@@ -256,7 +258,8 @@ def _read_video(
     with _open(store, part) as file:
         _check_unchanged(part, file.seek(0, SEEK_END), store.fingerprint(unescape_path(part.file)))
         size = part.width, part.height
-        for outcome in read_frames(file, part.pts, part.seek_pts, size, limits, pulse.beat):
+        wanted, seek_pts, ranks = part.pts, part.seek_pts, part.frame_index
+        for outcome in read_frames(file, wanted, seek_pts, size, limits, pulse.beat, ranks=ranks):
             slot = item.slots[outcome.position]
             yield slot, outcome.pixels, outcome.error_kind, outcome.error
 

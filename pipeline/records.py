@@ -72,7 +72,8 @@ class Slice:
             an asset that cannot be opened at all.
         pts: Presentation time stamp of each frame in ticks of the stream; empty for an image.
         pts_s: The same in seconds; empty for an image.
-        seek_pts: Ticks of the keyframe at or before the first frame; None for an image.
+        seek_pts: Ticks of the keyframe at or before the first frame; None for an image,
+            and for a video that is to be read from its beginning.
         captured_at_us: When the asset says it was captured, microseconds since 1970 in UTC; of a
             video, when its time stamps are zero.
         latitude: Where, in degrees north, if it says so.

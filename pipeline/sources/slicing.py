@@ -11,6 +11,12 @@ from pipeline.records import Slice
 from pipeline.sources.assets import AssetProbe
 
 MAX_MISSING_ENTRIES = 100_000
+# Where time stamps repeat, as in recordings put behind one another, a slice's frames are found by
+# reading the video from its beginning: that shall not take more frames in all than this.
+_MAX_READ_FRAMES = 1_000_000
+_REPEATED = "the frame has the time stamp of another, in a video too long to tell them apart"
+# Of other kinds nobody knows how many are missing.
+_COUNTED: tuple[ErrorKind, ...] = ("count_mismatch", "unsupported")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +74,10 @@ def slice_asset(
 ) -> list[Slice]:
     """Slices of one asset, in presentation order.
 
-    A video is cut at the first keyframe at or after ``target_frames`` sampled frames, or in the
-    middle of a group of pictures at twice as many. An image, or an asset that cannot be opened,
-    gives one slice. Frames that are known to be missing come last, as slices with an error.
+    A video is cut at the first keyframe at or after ``target_frames`` sampled frames, in the
+    middle of a group of pictures at twice as many, and where time stamps begin or end to repeat:
+    there it is read from its beginning (``seek_pts`` None). An image, or an asset that cannot be
+    opened, gives one slice. Frames that are known to be missing come last, as slices with an error.
 
     Args:
         probe: What is known of the asset.
@@ -89,8 +96,13 @@ def slice_asset(
     if probe.asset.kind == "image":
         return [_slice(probe)]
     ranks = sample_frames(probe.pts, probe.time_base, sampling)
+    runs = [ranks[start:end] for start, end in _cuts(probe, ranks, target_frames)]
+    num_read = sum(_repeats(probe, run[0]) for run in runs) * len(probe.pts)
     slices = [
-        _video_slice(probe, ranks[start:end]) for start, end in _cuts(probe, ranks, target_frames)
+        _failed(probe, tuple(run), "unsupported", _REPEATED)
+        if num_read > _MAX_READ_FRAMES and _repeats(probe, run[0])
+        else _video_slice(probe, run)
+        for run in runs
     ]
     return slices + _missing(probe, ranks, sampling, target_frames)
 
@@ -99,6 +111,10 @@ def _cuts(probe: AssetProbe, ranks: Sequence[int], target_frames: int) -> Iterat
     start = 0
     for position in range(1, len(ranks)):
         length = position - start
+        if _repeats(probe, ranks[position]) != _repeats(probe, ranks[position - 1]):
+            yield start, position
+            start = position
+            continue
         if length < target_frames:
             continue
         before, here = probe.pts[ranks[position - 1]], probe.pts[ranks[position]]
@@ -111,15 +127,21 @@ def _cuts(probe: AssetProbe, ranks: Sequence[int], target_frames: int) -> Iterat
         yield start, len(ranks)
 
 
+def _repeats(probe: AssetProbe, rank: int) -> bool:
+    """Whether another frame has the same tick."""
+    return probe.pts[rank] in (*probe.pts[max(0, rank - 1) : rank], *probe.pts[rank + 1 : rank + 2])
+
+
 def _video_slice(probe: AssetProbe, ranks: Sequence[int]) -> Slice:
     pts = tuple(probe.pts[rank] for rank in ranks)
     before = bisect_right(probe.keyframe_pts, pts[0])
+    seek_pts = probe.keyframe_pts[before - 1] if before else probe.pts[0]
     return _slice(
         probe,
         frame_index=tuple(ranks),
         pts=pts,
         pts_s=tuple(float(tick * probe.time_base) for tick in pts),
-        seek_pts=probe.keyframe_pts[before - 1] if before else probe.pts[0],
+        seek_pts=None if _repeats(probe, ranks[0]) else seek_pts,
     )
 
 
@@ -137,6 +159,8 @@ def _missing(
         step = max(1, round(first / len(ranks)))
     aligned = -(-first // step) * step
     wanted = tuple(range(aligned, first + probe.num_missing, step))
+    if not wanted and kind not in _COUNTED:
+        wanted = (first,)
     return [
         _failed(probe, wanted[start : start + target_frames], kind, probe.missing_error)
         for start in range(0, len(wanted), target_frames)

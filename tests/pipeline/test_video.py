@@ -12,7 +12,8 @@ from pipeline.geometry import Orientation
 from pipeline.records import Asset
 from pipeline.sources.assets import DecodeLimits
 from pipeline.sources.slicing import Sampling, slice_asset
-from pipeline.sources.video import probe_video, read_frames
+from pipeline.sources.video import probe_video
+from pipeline.sources.video_frames import read_frames
 from tests.media import damage, packet_places, read_sequentially, scene, write_video
 
 LIMITS = DecodeLimits()
@@ -29,7 +30,13 @@ def read(path, part):
     frames, errors = {}, {}
     with path.open("rb") as file:
         for outcome in read_frames(
-            file, part.pts, part.seek_pts, (part.width, part.height), LIMITS, lambda: None
+            file,
+            part.pts,
+            part.seek_pts,
+            (part.width, part.height),
+            LIMITS,
+            lambda: None,
+            ranks=part.frame_index,
         ):
             index = part.frame_index[outcome.position]
             assert index not in frames
