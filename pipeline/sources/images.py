@@ -8,7 +8,6 @@ a quarter or an eighth of its size, which libjpeg does at a fraction of the time
 """
 
 import os
-import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
+from pipeline.sources import jpeg
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.capture import Capture, capture_of_image
 
@@ -56,10 +56,6 @@ _PARSE_ERRORS = (
     EOFError,
     struct.error,
 )
-_JPEG_DAMAGE = re.compile(rb"Corrupt JPEG data: (?:(\d+) extraneous bytes before marker 0xd9)?")
-# Some cameras pad the last scan; damage leaves far more than that unread.
-_HARMLESS_EXTRANEOUS_BYTES = 64
-_JPEG_START = b"\xff\xd8"
 _STDERR = 2
 
 
@@ -110,7 +106,8 @@ def decode_image(
             smaller, but may be smaller than the file's own size. None asks for that.
 
     Raises:
-        InputError: ``too_large``, ``truncated``, ``corrupt`` or ``out_of_memory``.
+        InputError: ``too_large``, ``truncated``, ``corrupt``, ``unsupported`` or
+            ``out_of_memory``.
     """
     if not data:
         raise InputError("truncated", "the file is empty")
@@ -120,7 +117,10 @@ def decode_image(
         check_pixels(header.width, header.height, limits)
         if wanted is not None and header.format in _SCALABLE_FORMATS:
             factor = _reduction((header.width, header.height), wanted)
-    pixels = _imdecode(data, factor)
+    try:
+        pixels = _decode(data, factor)
+    except MemoryError as error:
+        raise InputError("out_of_memory", "no memory to decode the image") from error
     if pixels is None:
         raise _undecodable(data, header)
     check_pixels(pixels.shape[1], pixels.shape[0], limits)
@@ -163,24 +163,41 @@ def _read_exif(block: object) -> tuple[Orientation, Capture]:
         return orientation, Capture()
 
 
-def _imdecode(data: bytes, factor: int) -> UInt8Array | None:
+def _decode(data: bytes, factor: int) -> UInt8Array | None:
+    if data.startswith(jpeg.START):
+        return _decode_jpeg(data, factor)
+    return _imdecode(data)[0]
+
+
+def _decode_jpeg(data: bytes, factor: int) -> UInt8Array | None:
+    structure = jpeg.read_structure(data)
+    if structure.unsupported is not None:
+        raise InputError("unsupported", structure.unsupported)
+    if not structure.is_whole:
+        raise InputError("truncated", "the JPEG ends before its pixels do")
+    pixels, said = _imdecode(structure.mend(data), _REDUCED_FLAGS.get(factor, cv2.IMREAD_COLOR))
+    if pixels is not None:
+        jpeg.check_said(said)
+    elif structure.may_be_unsupported:
+        raise InputError("unsupported", "a JPEG of this rare kind is not supported")
+    return pixels
+
+
+def _imdecode(data: bytes, flags: int = cv2.IMREAD_COLOR) -> tuple[UInt8Array | None, bytes]:
+    """Pixels, and what the decoder printed."""
     # Not IMREAD_COLOR_RGB, which OpenCV ignores for PAM.
-    flags = _REDUCED_FLAGS.get(factor, cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION
     try:
         with _captured_stderr() as said:
             pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
             printed = said()
-    except MemoryError as error:
-        raise InputError("out_of_memory", "no memory to decode the image") from error
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
-            raise InputError("out_of_memory", "no memory to decode the image") from error
-        return None
+            raise MemoryError from error
+        return None, b""
     if pixels is None:
-        return None
-    if data.startswith(_JPEG_START):
-        _check_jpeg(data, printed)
-    return cast("UInt8Array", cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels))
+        return None, printed
+    return cast("UInt8Array", cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)), printed
 
 
 @contextmanager
@@ -195,17 +212,6 @@ def _captured_stderr() -> Iterator[Callable[[], bytes]]:
         os.dup2(saved, _STDERR)
         os.close(saved)
         os.close(caught)
-
-
-def _check_jpeg(data: bytes, said: bytes) -> None:
-    """Libjpeg fills what it cannot decode with grey and only says so on stderr."""
-    if not _jpeg_ends(data):
-        raise InputError("truncated", "the JPEG has no end marker")
-    damage = _JPEG_DAMAGE.search(said)
-    if damage is None:
-        return
-    if damage[1] is None or int(damage[1]) > _HARMLESS_EXTRANEOUS_BYTES:
-        raise InputError("corrupt", "the JPEG's compressed data is damaged")
 
 
 def _undecodable(data: bytes, header: ImageHeader | None) -> InputError:
@@ -224,38 +230,6 @@ def _ends_early(data: bytes) -> bool:
         if data.startswith(start):
             return not is_whole(data)
     return False
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    """Whether an end marker follows the first scan; thumbnails in front of it do not count."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
-        if marker == 0xFF:
-            position += 1
-            continue
-        position += 2 + length
-        if marker == 0xDA:
-            break
-    for place, marker in _jpeg_markers(data, position):
-        # Between progressive scans stand tables, whose bytes are no markers.
-        if place < position:
-            continue
-        if marker == 0xD9:
-            return True
-        if place + 4 > len(data):
-            return False
-        position = place + 2 + struct.unpack_from(">H", data, place + 2)[0]
-    return False
-
-
-def _jpeg_markers(data: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Places and codes of what may be markers; not restarts, which belong to a scan."""
-    codes = np.frombuffer(data, np.uint8)[start:]
-    places = np.flatnonzero(codes[:-1] == 0xFF)
-    after = codes[places + 1]
-    is_marker = (after != 0) & (after != 0xFF) & ((after & 0xF8) != 0xD0)
-    yield from zip((places[is_marker] + start).tolist(), after[is_marker].tolist(), strict=True)
 
 
 def _png_ends(data: bytes) -> bool:
@@ -318,7 +292,6 @@ def _tiff_ends(data: bytes) -> bool:
 _TIFF_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 _BOX_NAMES = (b"ftyp", b"jP  ")
 _STRUCTURES: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
-    (_JPEG_START, _jpeg_ends),
     (b"\x89PNG\r\n\x1a\n", _png_ends),
     (b"RIFF", _riff_ends),
     (b"BM", _bmp_ends),

@@ -12,22 +12,7 @@ from pipeline.sources.assets import DecodeLimits
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
 from pipeline.sources.listing import IMAGE_EXTENSIONS
 from tests.media import encode_cv2, encode_image, picture
-
-LIMITS = DecodeLimits()
-
-
-def pixels_of(data, limits=LIMITS):
-    return decode_image(data, limits)[0]
-
-
-def kind_of(data, limits=LIMITS):
-    with pytest.raises(InputError) as caught:
-        pixels_of(data, limits)
-    return caught.value.kind
-
-
-def distance(left, right):
-    return np.abs(left.astype(int) - right.astype(int)).mean()
+from tests.pipeline.image_parts import LIMITS, distance, kind_of, pixels_of
 
 
 @pytest.mark.parametrize("extension", sorted(IMAGE_EXTENSIONS))
