@@ -1,6 +1,7 @@
 """Still images: header, then pixels. Runs in the decoding child only.
 
-Headers are read by Pillow, pixels by ``cv2.imdecode``, never ``imread``. The rule that is recorded:
+Headers are read by Pillow, pixels by ``cv2.imdecode``, never ``imread``, but for the formats that
+OpenCV gets wrong without a word (``pillow``). The rule that is recorded:
 the first frame of an animation or a multi-page file; 8 bits per channel (the high byte of 16); grey
 copied to three channels; CMYK converted; alpha dropped, not composited; the EXIF orientation that
 stands before the pixels is applied. A JPEG at least twice as large as wanted is decoded at a half,
@@ -9,11 +10,9 @@ a quarter or an eighth of its size, which libjpeg does at a fraction of the time
 
 import os
 import struct
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, cast
 
 import cv2
@@ -22,16 +21,12 @@ from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
-from pipeline.sources import jpeg
+from pipeline.sources import jpeg, pillow, tiff
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.capture import Capture, capture_of_image
 
 HEAD_BYTES = 64 * 1024
 
-# DecodeLimits takes the place of Pillow's own guard, whose warnings would leak.
-Image.MAX_IMAGE_PIXELS = None
-
-Image.init()
 _PILLOW_FORMATS = sorted(
     {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "SUN", "TIFF", "WEBP"}
     & set(Image.OPEN)
@@ -44,18 +39,6 @@ _REDUCED_FLAGS = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     2: cv2.IMREAD_REDUCED_COLOR_2,
 }
-# What Pillow's parsers are seen to raise on hostile headers.
-_PARSE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    EOFError,
-    struct.error,
-)
 _STDERR = 2
 
 
@@ -67,7 +50,7 @@ class ImageHeader:
         format: Pillow's name of the format.
         width: Width in pixels after orientation.
         height: Height, likewise.
-        orientation: What is still to be done once cv2 has decoded the pixels.
+        orientation: What is still to be done once the pixels are decoded.
         capture: When and where, as far as EXIF says.
     """
 
@@ -79,15 +62,17 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """The header, from a file or its first bytes; None if Pillow makes nothing of it."""
+    """The header, from a file or its first bytes; None if there is none that can be read."""
     try:
-        with _no_warnings(), Image.open(BytesIO(data), formats=_PILLOW_FORMATS) as image:
+        with pillow.opened(data, _PILLOW_FORMATS) as image:
             name = image.format or ""
             orientation, capture = Orientation(), Capture()
             if name in _EXIF_FORMATS:
                 orientation, capture = _read_exif(image.info.get("exif"))
             width, height = orientation.size(*image.size)
-    except _PARSE_ERRORS:
+            if name == "TIFF":
+                orientation, (width, height) = pillow.tiff_orientation(image), image.size
+    except pillow.PARSE_ERRORS:
         return None
     return ImageHeader(
         format=name, width=width, height=height, orientation=orientation, capture=capture
@@ -118,7 +103,7 @@ def decode_image(
         if wanted is not None and header.format in _SCALABLE_FORMATS:
             factor = _reduction((header.width, header.height), wanted)
     try:
-        pixels = _decode(data, factor)
+        pixels = _decode(data, header, factor)
     except MemoryError as error:
         raise InputError("out_of_memory", "no memory to decode the image") from error
     if pixels is None:
@@ -138,34 +123,31 @@ def _reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
     return 1
 
 
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _read_exif(block: object) -> tuple[Orientation, Capture]:
     if not isinstance(block, bytes):
         return Orientation(), Capture()
     exif = Image.Exif()
     try:
-        with _no_warnings():
+        with pillow.no_warnings():
             exif.load(block)
             orientation = Orientation.from_exif(exif.get(_ORIENTATION_TAG))
-    except _PARSE_ERRORS:
+    except pillow.PARSE_ERRORS:
         return Orientation(), Capture()
     try:
-        with _no_warnings():
+        with pillow.no_warnings():
             details, gps = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.GPSInfo)
             return orientation, capture_of_image(details, gps)
-    except _PARSE_ERRORS:
+    except pillow.PARSE_ERRORS:
         return orientation, Capture()
 
 
-def _decode(data: bytes, factor: int) -> UInt8Array | None:
+def _decode(data: bytes, header: ImageHeader | None, factor: int) -> UInt8Array | None:
     if data.startswith(jpeg.START):
         return _decode_jpeg(data, factor)
+    if header is not None and header.format in _BY_PILLOW:
+        return _decode_by_pillow(data, header.format)
+    if data.startswith(tiff.STARTS):
+        return None
     return _imdecode(data)[0]
 
 
@@ -181,6 +163,25 @@ def _decode_jpeg(data: bytes, factor: int) -> UInt8Array | None:
     elif structure.may_be_unsupported:
         raise InputError("unsupported", "a JPEG of this rare kind is not supported")
     return pixels
+
+
+def _decode_by_pillow(data: bytes, format: str) -> UInt8Array | None:
+    if format == "TIFF" and _is_silently_damaged(data):
+        return None
+    with _captured_stderr() as said:
+        pixels = pillow.decode(data, format)
+        printed = said()
+    if pixels is None and b"support is not configured" in printed:
+        raise InputError("unsupported", f"the {format}'s compression is not supported")
+    return pixels
+
+
+def _is_silently_damaged(data: bytes) -> bool:
+    """Whether a TIFF is damaged where libtiff keeps what its decoders find to itself."""
+    smallest = max(_REDUCED_FLAGS)
+    if any(_decode_jpeg(piece, smallest) is None for piece in tiff.jpegs(data)):
+        return True
+    return not tiff.fits_checksums(data)
 
 
 def _imdecode(data: bytes, flags: int = cv2.IMREAD_COLOR) -> tuple[UInt8Array | None, bytes]:
@@ -217,6 +218,8 @@ def _captured_stderr() -> Iterator[Callable[[], bytes]]:
 def _undecodable(data: bytes, header: ImageHeader | None) -> InputError:
     if _ends_early(data):
         return InputError("truncated", "the image file ends early")
+    if header is None and data.startswith(tiff.STARTS):
+        return InputError("unsupported", "a TIFF of this kind is not supported")
     if header is None:
         return InputError("corrupt", "not an image in a known format")
     return InputError("corrupt", f"the {header.format} image cannot be decoded")
@@ -266,36 +269,12 @@ def _gif_ends(data: bytes) -> bool:
     return data.rstrip(b"\0").endswith(b";")
 
 
-def _tiff_ends(data: bytes) -> bool:
-    """Whether a TIFF's first directory, the values it points at and the pixels are all there."""
-    end: int
-    order = "<" if data.startswith(b"II") else ">"
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", data, 4)
-        (num_entries,) = struct.unpack_from(f"{order}H", data, directory)
-        end = int(directory + 2 + 12 * num_entries + 4)
-        for entry in range(num_entries):
-            place = directory + 2 + 12 * entry
-            _, kind, count, value = struct.unpack_from(f"{order}HHII", data, place)
-            size = _TIFF_TYPE_BYTES.get(kind, 1) * count
-            end = max(end, value + size if size > 4 else 0)
-        with _no_warnings(), Image.open(BytesIO(data), formats=["TIFF"]) as image:
-            tags = cast("Any", image).tag_v2
-            offsets = tags.get(273) or tags.get(324) or ()
-            lengths = tags.get(279) or tags.get(325) or ()
-            end = max(end, *map(sum, zip(offsets, lengths, strict=False)))
-    except _PARSE_ERRORS:
-        return False
-    return end <= len(data)
-
-
-_TIFF_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+_BY_PILLOW = frozenset({"SUN", "TIFF"})
 _BOX_NAMES = (b"ftyp", b"jP  ")
 _STRUCTURES: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
     (b"\x89PNG\r\n\x1a\n", _png_ends),
     (b"RIFF", _riff_ends),
     (b"BM", _bmp_ends),
     (b"GIF8", _gif_ends),
-    (b"II", _tiff_ends),
-    (b"MM", _tiff_ends),
+    *((start, tiff.is_whole) for start in tiff.STARTS),
 )
