@@ -1,7 +1,7 @@
 """Still images: header, then pixels. Runs in the decoding child only.
 
 Headers are read by Pillow, pixels by ``cv2.imdecode``, never ``imread``, but for the formats that
-OpenCV gets wrong without a word (``pillow``). The rule that is recorded:
+OpenCV gets wrong without a word (``pillow``, ``pnm``). The rule that is recorded:
 the first frame of an animation or a multi-page file; 8 bits per channel (the high byte of 16); grey
 copied to three channels; CMYK converted; alpha dropped, not composited; the EXIF orientation that
 stands before the pixels is applied. A JPEG at least twice as large as wanted is decoded at a half,
@@ -21,14 +21,14 @@ from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
-from pipeline.sources import jpeg, pillow, tiff
+from pipeline.sources import jpeg, pillow, pnm, tiff
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.capture import Capture, capture_of_image
 
 HEAD_BYTES = 64 * 1024
 
 _PILLOW_FORMATS = sorted(
-    {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "SUN", "TIFF", "WEBP"}
+    {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "SUN", "TIFF", "WEBP"}
     & set(Image.OPEN)
 )
 _EXIF_FORMATS = frozenset({"AVIF", "JPEG", "MPO", "PNG", "WEBP"})
@@ -47,7 +47,7 @@ class ImageHeader:
     """What stands in front of the pixels.
 
     Attributes:
-        format: Pillow's name of the format.
+        format: Pillow's name of the format, or PNM.
         width: Width in pixels after orientation.
         height: Height, likewise.
         orientation: What is still to be done once the pixels are decoded.
@@ -63,6 +63,9 @@ class ImageHeader:
 
 def read_header(data: bytes) -> ImageHeader | None:
     """The header, from a file or its first bytes; None if there is none that can be read."""
+    if pnm.is_pnm(data):
+        sizes = pnm.read_header(data)
+        return None if sizes is None else _plain_header("PNM", sizes.width, sizes.height)
     try:
         with pillow.opened(data, _PILLOW_FORMATS) as image:
             name = image.format or ""
@@ -76,6 +79,12 @@ def read_header(data: bytes) -> ImageHeader | None:
         return None
     return ImageHeader(
         format=name, width=width, height=height, orientation=orientation, capture=capture
+    )
+
+
+def _plain_header(format: str, width: int, height: int) -> ImageHeader:
+    return ImageHeader(
+        format=format, width=width, height=height, orientation=Orientation(), capture=Capture()
     )
 
 
@@ -144,6 +153,8 @@ def _read_exif(block: object) -> tuple[Orientation, Capture]:
 def _decode(data: bytes, header: ImageHeader | None, factor: int) -> UInt8Array | None:
     if data.startswith(jpeg.START):
         return _decode_jpeg(data, factor)
+    if pnm.is_pnm(data):
+        return pnm.decode(data)
     if header is not None and header.format in _BY_PILLOW:
         return _decode_by_pillow(data, header.format)
     if data.startswith(tiff.STARTS):
@@ -186,7 +197,6 @@ def _is_silently_damaged(data: bytes) -> bool:
 
 def _imdecode(data: bytes, flags: int = cv2.IMREAD_COLOR) -> tuple[UInt8Array | None, bytes]:
     """Pixels, and what the decoder printed."""
-    # Not IMREAD_COLOR_RGB, which OpenCV ignores for PAM.
     flags |= cv2.IMREAD_IGNORE_ORIENTATION
     try:
         with _captured_stderr() as said:
