@@ -1,7 +1,7 @@
 """Still images: header, then pixels. Runs in the decoding child only.
 
 Headers are read by Pillow, pixels by ``cv2.imdecode``, never ``imread``, but for the formats that
-OpenCV gets wrong without a word (``pillow``, ``pnm``). The rule that is recorded:
+OpenCV gets wrong without a word (``pillow``, ``pnm``, ``bmp``). The rule that is recorded:
 the first frame of an animation or a multi-page file; 8 bits per channel (the high byte of 16); grey
 copied to three channels; CMYK converted; alpha dropped, not composited; the EXIF orientation that
 stands before the pixels is applied. A JPEG at least twice as large as wanted is decoded at a half,
@@ -9,6 +9,7 @@ a quarter or an eighth of its size, which libjpeg does at a fraction of the time
 """
 
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
-from pipeline.sources import jpeg, pillow, pnm, tiff
+from pipeline.sources import bmp, jpeg, pillow, pnm, tiff
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.capture import Capture, capture_of_image
 
@@ -47,7 +48,7 @@ class ImageHeader:
     """What stands in front of the pixels.
 
     Attributes:
-        format: Pillow's name of the format, or PNM.
+        format: Pillow's name of the format, or PNM or HDR.
         width: Width in pixels after orientation.
         height: Height, likewise.
         orientation: What is still to be done once the pixels are decoded.
@@ -66,6 +67,9 @@ def read_header(data: bytes) -> ImageHeader | None:
     if pnm.is_pnm(data):
         sizes = pnm.read_header(data)
         return None if sizes is None else _plain_header("PNM", sizes.width, sizes.height)
+    if data.startswith(_HDR_STARTS):
+        found = _HDR_SIZE.search(data, 0, HEAD_BYTES)
+        return None if found is None else _plain_header("HDR", int(found[2]), int(found[1]))
     try:
         with pillow.opened(data, _PILLOW_FORMATS) as image:
             name = image.format or ""
@@ -112,7 +116,7 @@ def decode_image(
         if wanted is not None and header.format in _SCALABLE_FORMATS:
             factor = _reduction((header.width, header.height), wanted)
     try:
-        pixels = _decode(data, header, factor)
+        pixels = _decode(data, header, limits, factor)
     except MemoryError as error:
         raise InputError("out_of_memory", "no memory to decode the image") from error
     if pixels is None:
@@ -150,11 +154,15 @@ def _read_exif(block: object) -> tuple[Orientation, Capture]:
         return orientation, Capture()
 
 
-def _decode(data: bytes, header: ImageHeader | None, factor: int) -> UInt8Array | None:
+def _decode(
+    data: bytes, header: ImageHeader | None, limits: DecodeLimits, factor: int
+) -> UInt8Array | None:
     if data.startswith(jpeg.START):
         return _decode_jpeg(data, factor)
     if pnm.is_pnm(data):
         return pnm.decode(data)
+    if bmp.has_masks(data):
+        return bmp.decode(data, limits)
     if header is not None and header.format in _BY_PILLOW:
         return _decode_by_pillow(data, header.format)
     if data.startswith(tiff.STARTS):
@@ -226,6 +234,10 @@ def _captured_stderr() -> Iterator[Callable[[], bytes]]:
 
 
 def _undecodable(data: bytes, header: ImageHeader | None) -> InputError:
+    if header is None:
+        foreign = _foreign_format(data)
+        if foreign is not None:
+            return InputError("unsupported", f"{foreign} is not supported")
     if _ends_early(data):
         return InputError("truncated", "the image file ends early")
     if header is None and data.startswith(tiff.STARTS):
@@ -233,6 +245,18 @@ def _undecodable(data: bytes, header: ImageHeader | None) -> InputError:
     if header is None:
         return InputError("corrupt", "not an image in a known format")
     return InputError("corrupt", f"the {header.format} image cannot be decoded")
+
+
+def _foreign_format(data: bytes) -> str | None:
+    """What a file is that nothing here can read."""
+    for start, name in _FOREIGN_STARTS:
+        if data.startswith(start):
+            return name
+    if data[4:8] == b"ftyp" and not any(brand in data[:HEAD_BYTES] for brand in _AVIF_BRANDS):
+        return "HEIC or another relative of MP4"
+    if data.startswith(_HDR_STARTS) and _HDR_TURNED.search(data, 0, HEAD_BYTES):
+        return "an HDR image of turned rows"
+    return None
 
 
 def _ends_early(data: bytes) -> bool:
@@ -280,6 +304,19 @@ def _gif_ends(data: bytes) -> bool:
 
 
 _BY_PILLOW = frozenset({"SUN", "TIFF"})
+_HDR_STARTS = (b"#?RADIANCE", b"#?RGBE")
+_HDR_SIZE = re.compile(rb"\n\n-Y (\d{1,9}) \+X (\d{1,9})\n")
+_HDR_TURNED = re.compile(rb"\n\n[-+][XY] \d+ [-+][XY] \d+\n")
+_AVIF_BRANDS = (b"avif", b"avis")
+_FOREIGN_STARTS = (
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"II\xbc", "JPEG XR"),
+    (b"8BPS", "Photoshop's format"),
+    (b"%PDF-", "PDF"),
+    (b"v/1\x01", "OpenEXR"),
+    (b"DDS ", "DDS"),
+)
 _BOX_NAMES = (b"ftyp", b"jP  ")
 _STRUCTURES: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
     (b"\x89PNG\r\n\x1a\n", _png_ends),

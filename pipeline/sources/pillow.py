@@ -1,5 +1,6 @@
 """Pixels by Pillow, of the formats that OpenCV gets wrong without a word: TIFF and Sun raster."""
 
+import logging
 import struct
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ Image.MAX_IMAGE_PIXELS = None
 TiffImagePlugin.READ_LIBTIFF = True
 
 Image.init()
+# What it logs of hostile headers would go to stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # What Pillow's parsers are seen to raise on hostile headers.
 PARSE_ERRORS = (

@@ -217,3 +217,80 @@ def test_damage_is_seen_at_a_fraction_of_the_size_too():
     data = encode_cv2(picture(640, 480), ".jpg")
     with pytest.raises(InputError):
         decode_image(data[: len(data) // 2], LIMITS, (64, 48))
+
+
+def bmp_of(values, masks, num_bits, header_bytes=40, height=64):
+    rest = bytes(header_bytes - 40 - (12 if header_bytes > 40 else 0))
+    offset = 14 + 40 + 12 + len(rest)
+    data = values.tobytes()
+    info = struct.pack("<IiiHHII16x", header_bytes, 96, height, 1, num_bits, 3, len(data))
+    start = b"BM" + struct.pack("<IHHI", offset + len(data), 0, 0, offset)
+    return start + info + struct.pack("<3I", *masks) + rest + data
+
+
+def packed(pixels, shifts, dtype):
+    return sum(pixels[..., i].astype(dtype) << dtype(shift) for i, shift in enumerate(shifts))
+
+
+@pytest.mark.parametrize("header_bytes", [40, 108, 124])
+@pytest.mark.parametrize("shifts", [(0, 8, 16), (16, 8, 0), (24, 16, 8), (8, 0, 24)])
+def test_a_bmp_says_which_bits_are_which_channel(shifts, header_bytes):
+    masks = [0xFF << shift for shift in shifts]
+    values = packed(picture(), shifts, np.uint32)
+    assert np.array_equal(pixels_of(bmp_of(values[::-1], masks, 32, header_bytes)), picture())
+    top_down = bmp_of(values, masks, 32, header_bytes, height=-64)
+    assert np.array_equal(pixels_of(top_down), picture())
+    assert kind_of(top_down[:-1]) == "truncated"
+    assert kind_of(top_down, DecodeLimits(max_pixels=6143)) == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("masks", "shifts", "lost"),
+    [
+        ((0xF800, 0x7E0, 0x1F), (11, 5, 0), (3, 2, 3)),
+        ((0x1F, 0x3E0, 0x7C00), (0, 5, 10), (3, 3, 3)),
+    ],
+)
+def test_fewer_bits_of_a_bmp_are_spread_over_8(masks, shifts, lost):
+    values = packed(picture() >> np.array(lost, np.uint8), shifts, np.uint16)
+    decoded = pixels_of(bmp_of(values[::-1], masks, 16))
+    assert np.abs(decoded.astype(int) - picture()).max() <= 8
+    black_white = bmp_of(np.tile(np.uint16([0, 0xFFFF]), (64, 48)), masks, 16)
+    assert pixels_of(black_white)[0, :2].tolist() == [[0] * 3, [255] * 3]
+
+
+def test_masks_of_nothing_mean_the_usual_ones():
+    values = packed(picture(), (16, 8, 0), np.uint32)
+    assert np.array_equal(pixels_of(bmp_of(values[::-1], (0, 0, 0), 32)), picture())
+
+
+def test_masks_of_ten_bits_keep_the_high_ones():
+    deep = picture().astype(np.uint32) << 2 | 3
+    masks = [0x3FF << shift for shift in (20, 10, 0)]
+    values = packed(deep, (20, 10, 0), np.uint32)
+    assert np.array_equal(pixels_of(bmp_of(values[::-1], masks, 32)), picture())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\x0a" + bytes(100),
+        b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100),
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300),
+        b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + b"\0\0\xff\0meta",
+        b"8BPS\0\1" + bytes(300),
+        b"%PDF-1.4\n",
+        b"v/1\x01" + bytes(100),
+        b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n+Y 64 +X 96\n" + bytes(4 * 96 * 64),
+    ],
+    ids=["jxl", "jxl box", "heic", "mif1", "psd", "pdf", "exr", "turned hdr"],
+)
+def test_what_is_known_but_not_read_is_unsupported(data):
+    assert kind_of(data) == "unsupported"
+
+
+def test_a_radiance_bomb_is_refused_by_its_header():
+    data = b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 60000 +X 50000\n" + bytes(100)
+    assert kind_of(data) == "too_large"
+    header = read_header(encode_cv2(picture(), ".hdr"))
+    assert (header.width, header.height) == (96, 64)
