@@ -33,6 +33,7 @@ PARSE_ERRORS = (
     AttributeError,
     ArithmeticError,
     EOFError,
+    RuntimeError,
     struct.error,
 )
 

@@ -17,6 +17,9 @@ _PLACES, _LENGTHS = (273, 324), (279, 325)
 _COMPRESSION, _JPEG_TABLES = 259, 347
 _JPEG, _DEFLATE = 7, (8, 32946)
 _INFLATED_BYTES = 1 << 20
+_MAX_ENTRIES = 65535
+# The second is struct's answer to a place that no file has.
+_PARSE_ERRORS = (struct.error, OverflowError)
 _WANTED = frozenset({*_PLACES, *_LENGTHS, _COMPRESSION, _JPEG_TABLES})
 
 
@@ -24,7 +27,7 @@ def is_whole(data: bytes) -> bool:
     """Whether nothing of the first page lies beyond the end of the file."""
     try:
         end, values = _read_directory(data)
-    except struct.error:
+    except _PARSE_ERRORS:
         return False
     return max(end, *(start + length for start, length in _pieces(values)), 0) <= len(data)
 
@@ -63,7 +66,7 @@ def _strips(data: bytes, values: dict[int, tuple[int, ...]], *compressions: int)
 def _values(data: bytes) -> dict[int, tuple[int, ...]]:
     try:
         return _read_directory(data)[1]
-    except struct.error:
+    except _PARSE_ERRORS:
         return {}
 
 
@@ -82,6 +85,8 @@ def _read_directory(data: bytes) -> tuple[int, dict[int, tuple[int, ...]]]:
     offset, number, entry = ("Q", "Q", "HHQ") if is_big else ("I", "H", "HHI")
     (directory,) = struct.unpack_from(order + offset, data, 8 if is_big else 4)
     (num_entries,) = struct.unpack_from(order + number, data, directory)
+    if num_entries > _MAX_ENTRIES:
+        raise struct.error
     inline = struct.calcsize(order + offset)
     head = struct.calcsize(order + entry)
     first = directory + struct.calcsize(order + number)

@@ -184,6 +184,12 @@ def test_big_tiffs_are_read():
     assert kind_of(data[: len(data) // 2]) == "truncated"
 
 
+@pytest.mark.parametrize("place", [8, 16])
+def test_places_and_numbers_that_no_file_has_are_truncated(place):
+    data = b"II+\0\x08\0\0\0" + struct.pack("<Q", 16) + bytes(400)
+    assert kind_of(data[:place] + b"\xff" * 8 + data[place + 8 :]) == "truncated"
+
+
 def test_sun_rasters_are_read_in_either_order_of_colours():
     data = encode_cv2(picture(), ".ras")
     assert np.array_equal(pixels_of(data), picture())
