@@ -6,8 +6,9 @@ such death becomes an object of the job, ``attempts/shard-.../...``. A machine o
 as a whole takes its notes along, or leaves them under another lease, and accuses nobody.
 
 A shard with a death is done frame by frame from then on, each frame noted before. A frame at which
-two more processes die is quarantined: three attempts. So is a shard at which three died that were
-at no frame, or twenty frames were guilty.
+two more processes die is quarantined: three attempts. So is a shard at which three died between its
+frames, or twenty frames were guilty. Deaths in the shard as a whole accuse no frame, however many:
+drivers side by side each have one of their own before they hear of each other's.
 """
 
 import fcntl
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import ErrorKind
-from pipeline.layout import Generation, death_of
+from pipeline.layout import DeathPlace, Generation, death_of
 from pipeline.records import DecodedShard, canonical_json
 from pipeline.storage import Store
 
@@ -51,20 +52,23 @@ class Deaths:
     """How often a shard has killed its process.
 
     Attributes:
-        at_frame: By the frame's place in the shard, while that was known.
-        at_none: While it was not.
+        at_frame: By the frame's place in the shard, while its frames went one by one.
+        between: Between two of them.
+        in_whole: While they went together.
     """
 
     at_frame: tuple[tuple[int, int], ...] = ()
-    at_none: int = 0
+    between: int = 0
+    in_whole: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.at_frame or self.at_none)
+        return bool(self.at_frame or self.between or self.in_whole)
 
     def guilty(self, num_frames: int) -> frozenset[int]:
         """Places of the frames that are not tried again."""
-        at_frames = sum(count for _, count in self.at_frame)
-        if self.at_none >= MAX_SHARD_DEATHS or at_frames >= MAX_DEATHS_AT_FRAMES:
+        # Drivers side by side may add deaths at one frame, which make no other frame guilty.
+        at_frames = sum(min(count, MAX_FRAME_DEATHS) for _, count in self.at_frame)
+        if self.between >= MAX_SHARD_DEATHS or at_frames >= MAX_DEATHS_AT_FRAMES:
             return frozenset(range(num_frames))
         return frozenset(place for place, count in self.at_frame if count >= MAX_FRAME_DEATHS)
 
@@ -91,8 +95,8 @@ class Journal:
         self._file = _locked_file(folder / f"{job}-{lease}-{uuid.uuid4().hex}")
         self.rest()
 
-    def note(self, shard_id: int, place: int | None = None) -> None:
-        """Say what comes next: a shard as a whole, or the frame at one place of it."""
+    def note(self, shard_id: int, place: DeathPlace = "shard") -> None:
+        """Say what comes next: a shard as a whole, or something of one whose frames go alone."""
         data = json.dumps([shard_id, place]).encode()
         os.pwrite(self._file, data.ljust(_NOTE_BYTES), 0)
 
@@ -106,20 +110,22 @@ class Journal:
         Raises:
             StorageError: If they cannot be listed.
         """
-        if time.monotonic() - self._listed_s > _TRUSTED_S:
+        # Where there are deaths, each one more decides something.
+        if shard_id in self._deaths or time.monotonic() - self._listed_s > _TRUSTED_S:
             self._deaths, self._listed_s = self._list(), time.monotonic()
         return self._deaths.get(shard_id, Deaths())
 
     def _list(self) -> dict[int, Deaths]:
-        places: dict[int, Counter[int | None]] = {}
+        places: dict[int, Counter[DeathPlace]] = {}
         for item in self._store.list(self._generation.attempts_prefix):
             death = death_of(item.key)
             if death is not None:
                 places.setdefault(death[0], Counter())[death[1]] += 1
         return {
             shard_id: Deaths(
-                at_frame=tuple((place, n) for place, n in counts.items() if place is not None),
-                at_none=counts[None],
+                at_frame=tuple((place, n) for place, n in counts.items() if isinstance(place, int)),
+                between=counts["between"],
+                in_whole=counts["shard"],
             )
             for shard_id, counts in places.items()
         }
@@ -218,10 +224,10 @@ def _age_s(path: Path) -> float:
         return math.inf
 
 
-def _parse(said: bytes) -> tuple[int, int | None] | None:
+def _parse(said: bytes) -> tuple[int, DeathPlace] | None:
     """Shard and place; None if the process was at rest, or died while it wrote."""
     try:
         shard_id, place = json.loads(said)
     except ValueError:
         return None
-    return int(shard_id), None if place is None else int(place)
+    return int(shard_id), place if place in {"shard", "between"} else int(place)

@@ -5,8 +5,13 @@ People and scripts rely on these names; they change only with ``LAYOUT_VERSION``
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import xxhash
+
+# Where in a shard a process died: at a frame's place, in the shard as a whole, or, once its frames
+# went one by one, between two of them.
+DeathPlace = int | Literal["shard", "between"]
 
 LAYOUT_VERSION = 1
 SHARDS_PER_RANGE = 1000
@@ -30,7 +35,7 @@ OWN_PREFIXES = (
 
 _MAX_NAME_BYTES = 220
 _SHARD = re.compile(r"/shard-(\d{8,})(?:\.json)?$")
-_DEATH = re.compile(r"/shard-(\d{8,})/(?:shard|frame-(\d{6,}))-[0-9a-f]{32}\.json$")
+_DEATH = re.compile(r"/shard-(\d{8,})/(?:(shard|between)|frame-(\d{6,}))-[0-9a-f]{32}\.json$")
 _DATA = re.compile(r"/shard-(\d{8})-([0-9a-f]{32})\.parquet$")
 
 
@@ -79,9 +84,9 @@ class Generation:
         """Folder of the attempts at which the model's process died."""
         return f"{self.prefix}attempts/"
 
-    def death_key(self, shard_id: int, place: int | None, attempt: str) -> str:
-        """Key of one such death: at the frame at a place of the shard, or at none that is known."""
-        at = "shard" if place is None else f"frame-{place:06d}"
+    def death_key(self, shard_id: int, place: DeathPlace, attempt: str) -> str:
+        """Key of one such death."""
+        at = f"frame-{place:06d}" if isinstance(place, int) else place
         return f"{self.attempts_prefix}shard-{shard_id:08d}/{at}-{attempt}.json"
 
     def plan_part_key(self, planner: str, part: int) -> str:
@@ -133,12 +138,13 @@ def attempt_of(key: str) -> tuple[int, str] | None:
     return (int(match.group(1)), match.group(2)) if match else None
 
 
-def death_of(key: str) -> tuple[int, int | None] | None:
+def death_of(key: str) -> tuple[int, DeathPlace] | None:
     """Shard and place in the name of a death; None for any other key."""
     match = _DEATH.search(key)
     if match is None:
         return None
-    return int(match[1]), None if match[2] is None else int(match[2])
+    whole: DeathPlace = "between" if match[2] == "between" else "shard"
+    return int(match[1]), whole if match[3] is None else int(match[3])
 
 
 def png_stem(asset: str, frame_index: int, *, is_video: bool) -> str:

@@ -16,7 +16,7 @@ from pipeline.commit import commit_attempt
 from pipeline.deaths import Deaths, Journal, spare
 from pipeline.decode import DecodeLimits, decode_shard
 from pipeline.errors import ErrorKind
-from pipeline.layout import Generation, cancel_key
+from pipeline.layout import DeathPlace, Generation, cancel_key
 from pipeline.records import (
     RECEIPT_SCHEMA,
     AnnotatedShard,
@@ -132,6 +132,8 @@ class AnnotateShard:
         from segformer3d.weights import model_from_bytes
 
         self.context, self.journal = context, journal
+        # What to note of the shard in the model where no frame of it is to blame.
+        self._at_no_frame: DeathPlace = "shard"
         model, info = model_from_bytes(weights)
         self.config, self.codec = info.config, info.depth_codec
         self.predictor: Predictor = Predictor(
@@ -143,7 +145,7 @@ class AnnotateShard:
         if table.num_rows == 0 or is_draining(self.context):
             return _nothing("class_ids", "depth")
         annotated = self.annotate(DecodedShard.from_table(table))
-        self._note(annotated.shard_id)
+        self._note(annotated.shard_id, self._at_no_frame)
         made = annotated.to_table()
         self._rest()
         return made
@@ -160,8 +162,9 @@ class AnnotateShard:
                 what was noted stays, so the shard counts as having killed it.
         """
         deaths = self.journal.deaths(shard.shard_id) if self.journal else Deaths()
+        self._at_no_frame = "between" if deaths else "shard"
         shard = spare(shard, deaths)
-        self._note(shard.shard_id)
+        self._note(shard.shard_id, self._at_no_frame)
         try:
             annotated = self._annotated(shard, one_by_one=bool(deaths))
         except Exception as error:
@@ -171,7 +174,7 @@ class AnnotateShard:
         self._rest()
         return annotated
 
-    def _note(self, shard_id: int, place: int | None = None) -> None:
+    def _note(self, shard_id: int, place: DeathPlace) -> None:
         if self.journal is not None:
             self.journal.note(shard_id, place)
 
@@ -226,7 +229,7 @@ class AnnotateShard:
                     stop += 1
             yield from self._predicted(shard.pixels, range(start, stop), sizes[start])
             start = stop
-        self._note(shard.shard_id)
+        self._note(shard.shard_id, self._at_no_frame)
 
     def _predicted(
         self, pixels: UInt8Array, rows: range, size: tuple[int, int] | None

@@ -11,7 +11,7 @@ import torch
 from pipeline.deaths import Deaths, Journal, spare
 from pipeline.decode import DecodeLimits
 from pipeline.layout import Generation, death_of
-from pipeline.records import DecodedShard, FrameRecord
+from pipeline.records import AnnotatedShard, DecodedShard, FrameRecord
 from pipeline.stages import AnnotateShard, StageContext
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.weights import untrained_weights
@@ -47,7 +47,7 @@ def in_a_process(task):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def die_at(store, lease, shard_id, place):
+def die_at(store, lease, shard_id, place="shard"):
     def task():
         Journal(store, LAYOUT, lease).note(shard_id, place)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -56,15 +56,15 @@ def die_at(store, lease, shard_id, place):
 
 
 def test_a_death_is_found_by_who_comes_next(store):
-    die_at(store, 1, 5, None)
-    assert Journal(store, LAYOUT, 1).deaths(5) == Deaths(at_none=1)
+    die_at(store, 1, 5)
+    assert Journal(store, LAYOUT, 1).deaths(5) == Deaths(in_whole=1)
     die_at(store, 1, 5, 3)
     die_at(store, 1, 5, 3)
     journal = Journal(store, LAYOUT, 1)
-    assert journal.deaths(5) == Deaths(at_frame=((3, 2),), at_none=1)
+    assert journal.deaths(5) == Deaths(at_frame=((3, 2),), in_whole=1)
     assert not journal.deaths(4)
     keys = [item.key for item in store.list(LAYOUT.attempts_prefix)]
-    assert sorted(map(death_of, keys), key=str) == [(5, 3), (5, 3), (5, None)]
+    assert sorted(map(death_of, keys), key=str) == [(5, "shard"), (5, 3), (5, 3)]
 
 
 def test_the_count_outlives_the_driver(store):
@@ -162,20 +162,66 @@ def shard_of(values, bad=()):
 
 def test_only_the_guilty_are_spared_and_the_rest_keep_their_pixels():
     shard = shard_of([10, 20, 30, 40, 50], bad=(1,))
-    assert spare(shard, Deaths(at_frame=((2, 1),), at_none=2)) is shard
-    spared = spare(shard, Deaths(at_frame=((2, 2), (3, 1)), at_none=1))
+    assert spare(shard, Deaths(at_frame=((2, 1),), between=2)) is shard
+    spared = spare(shard, Deaths(at_frame=((2, 2), (3, 1)), in_whole=1))
     assert [frame.error_kind for frame in spared.frames] == [None, "corrupt", "crash", None, None]
     assert spared.pixels[:, 0, 0, 0].tolist() == [10, 40, 50]
-    none_left = spare(shard, Deaths(at_none=3))
+    none_left = spare(shard, Deaths(between=3))
     kinds = ["crash", "corrupt", "crash", "crash", "crash"]
     assert [frame.error_kind for frame in none_left.frames] == kinds
     assert none_left.pixels.shape == (0, *SIZE, 3)
 
 
+def test_deaths_of_drivers_side_by_side_give_up_no_shard(store):
+    for lease in (1, 3, 5):
+        die_at(store, lease, 0)
+    for lease in (1, 3, 5):
+        journal = Journal(store, LAYOUT, lease)
+    deaths = journal.deaths(0)
+    assert deaths == Deaths(in_whole=3)
+    assert deaths
+    assert deaths.guilty(64) == frozenset()
+    # Once its frames go one by one, those that happen between them count.
+    for _ in range(3):
+        die_at(store, 1, 0, "between")
+    assert Journal(store, LAYOUT, 1).deaths(0).guilty(64) == frozenset(range(64))
+
+
+def test_more_deaths_at_one_frame_than_count_make_no_other_guilty():
+    deaths = Deaths(at_frame=((3, 20), (4, 20)))
+    assert deaths.guilty(64) == {3, 4}
+
+
+def test_what_is_known_to_kill_is_looked_at_anew(store):
+    die_at(store, 1, 5)
+    journal = Journal(store, LAYOUT, 2)
+    assert not journal.deaths(5)
+    Journal(store, LAYOUT, 1)
+    journal._listed_s = float("-inf")
+    assert journal.deaths(5) == Deaths(in_whole=1)
+    die_at(store, 1, 5, 3)
+    Journal(store, LAYOUT, 1)
+    assert journal.deaths(5) == Deaths(at_frame=((3, 1),), in_whole=1)
+
+
+def test_a_death_after_the_frames_went_one_by_one_is_one_between_them(store, monkeypatch):
+    shard = shard_of([1, 2])
+    table = shard.to_table()
+
+    def die(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(AnnotatedShard, "to_table", die)
+    monkeypatch.setattr("pipeline.stages.is_draining", lambda _: False)
+    for _ in range(2):
+        assert in_a_process(lambda: stage(store)(table)) == -signal.SIGKILL
+    assert Journal(store, LAYOUT, 1).deaths(7) == Deaths(in_whole=1, between=1)
+
+
 def test_a_shard_of_nothing_but_deadly_frames_is_given_up():
-    deaths = Deaths(at_frame=tuple((place, 2) for place in range(20)), at_none=1)
+    deaths = Deaths(at_frame=tuple((place, 2) for place in range(20)), in_whole=1)
     assert deaths.guilty(64) == frozenset(range(64))
-    fewer = Deaths(at_frame=deaths.at_frame[1:], at_none=1)
+    fewer = Deaths(at_frame=deaths.at_frame[1:], in_whole=1)
     assert fewer.guilty(64) == frozenset(range(1, 20))
 
 
@@ -263,7 +309,7 @@ def test_a_lost_device_is_one(store):
     with pytest.raises(torch.AcceleratorError):
         made.annotate(shard_of([1]))
     os.close(made.journal._file)
-    assert Journal(store, LAYOUT, 1).deaths(7) == Deaths(at_none=1)
+    assert Journal(store, LAYOUT, 1).deaths(7) == Deaths(in_whole=1)
 
 
 def test_a_shard_stays_as_it_is_without_deaths(store):
