@@ -264,7 +264,7 @@ class _Driver:
         spec, record = self.job.spec, self.job.record
         return StageContext(
             job_url=self.store.url,
-            job_storage=resolve_options(spec.output.storage.options()),
+            job_storage=self.store.options,
             archive_storage=resolve_options(spec.input.storage.options()),
             generation=self.generation.number,
             plan_id=plan.plan_id,

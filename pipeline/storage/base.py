@@ -61,10 +61,12 @@ class Store(ABC):
     line that names the URL.
 
     Attributes:
-        url: Where the store is; ``open_store(url)`` opens it again.
+        url: Where the store is; ``open_store(url, options)`` opens it again, in any process.
+        options: How it is reached, resolved from the environment already.
     """
 
     url: str
+    options: StorageOptions = StorageOptions()
 
     @abstractmethod
     def read(self, key: str) -> bytes:

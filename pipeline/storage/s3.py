@@ -49,7 +49,7 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str, options: StorageOptions) -> None:
         self._bucket = bucket
         self._base = f"{prefix}/" if prefix else ""
-        self._options = options
+        self.options = options
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class S3Store(Store):
 
     @cached_property
     def _clients(self) -> Clients:
-        return connect(self._bucket, self._options)
+        return connect(self._bucket, self.options)
 
     def connect(self) -> None:
         """Build the clients now, without a request to the store.

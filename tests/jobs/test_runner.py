@@ -8,7 +8,7 @@ import pytest
 from jobs.claim import claim_job, load_weights, reopen_job
 from jobs.lease import Heartbeat, Pulse, beat, heartbeats, request_cancel, take_lease
 from jobs.manifest import Manifest
-from jobs.runner import pending_parts
+from jobs.runner import _Driver, pending_parts
 from jobs.spec import check_spec
 from pipeline import graph
 from pipeline.errors import ConflictError, JobError, UserError
@@ -126,3 +126,18 @@ def test_a_damaged_plan_stops_the_run_and_is_named(tmp_path, said, message):
     job.store.put(part.key, bytes(data))
     with pytest.raises(JobError, match=f"{part.key}: {message}.*; see `segformer3d verify`"):
         read_plan(table)
+
+
+def test_the_stages_write_where_the_driver_looks(spec, s3_server, s3_bucket_url, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    url = f"{s3_bucket_url}/job"
+    asked = spec.model_copy(update={"output": spec.output.model_copy(update={"url": url})})
+    claim_job(asked)
+    # The environment, like job.json, speaks of another server than the one that is named now.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    job = reopen_job(url, StorageOptions(endpoint_url=s3_server))
+    plan = job.plan()
+    context = _Driver(job, 1)._context(plan)
+    assert context.job_storage.endpoint_url == s3_server
+    assert context.store().exists("job.json")
+    assert context.archive_storage.endpoint_url == "http://127.0.0.1:9"

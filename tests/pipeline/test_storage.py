@@ -1027,7 +1027,7 @@ class TestOpening:
     def test_open_input(self, request: pytest.FixtureRequest, tmp_path: Path, store: Store):
         for key in ("d/a.jpg", "d/b[1].jpg", "d/e/c.jpg"):
             store.put(key, b"")
-        options = getattr(store, "_options", None)
+        options = store.options
 
         def found(url: str) -> list[str]:
             opened, pattern = open_input(url, options)
