@@ -23,7 +23,7 @@ from pydantic import (
 
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
-from pipeline.geometry import Geometry
+from pipeline.geometry import MAX_PIXELS, Geometry
 from pipeline.storage import StorageOptions
 from pipeline.urls import (
     check_endpoint,
@@ -162,7 +162,9 @@ class ShardSection(_Section):
 class LimitsSection(_Section):
     """Bounds on hostile or broken inputs."""
 
-    max_pixels: Whole = Field(100_000_000, ge=1, le=2**31)
+    max_pixels: Whole = Field(
+        100_000_000, ge=1, le=2**31, description="Of a frame; above 2**28 is 2**28."
+    )
     max_file_bytes: Whole = Field(256 * 2**20, ge=1, le=2**36, description="Of a still image.")
     deadline_s: float = Field(
         60.0, gt=0, le=86_400, description="Without a new frame, an input has hung."
@@ -174,7 +176,7 @@ class LimitsSection(_Section):
     def limits(self) -> DecodeLimits:
         """The same for the decoder."""
         return DecodeLimits(
-            max_pixels=self.max_pixels,
+            max_pixels=min(self.max_pixels, MAX_PIXELS),
             max_file_bytes=self.max_file_bytes,
             deadline_s=self.deadline_s,
             memory_bytes=self.memory_bytes,

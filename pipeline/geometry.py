@@ -13,7 +13,18 @@ from pipeline.errors import InputError
 from segformer3d.geometry import FrameSizeError, Geometry, GeometryMode, UInt8Array, resize
 from segformer3d.geometry import input_size as frame_input_size
 
-__all__ = ["Geometry", "GeometryMode", "Orientation", "UInt8Array", "input_size", "resize"]
+__all__ = [
+    "MAX_PIXELS",
+    "Geometry",
+    "GeometryMode",
+    "Orientation",
+    "UInt8Array",
+    "input_size",
+    "resize",
+]
+
+# Of any asset, whatever its job allows; a stored row that says more is not ours.
+MAX_PIXELS = 2**28
 
 
 def input_size(width: int, height: int, geometry: Geometry) -> tuple[int, int]:

@@ -48,6 +48,8 @@ SCHEMA = pa.schema(
 )
 # What any file may unpack to.
 _UNPACKED_BYTES = 256 << 20
+_MOST_TIMES = 64
+_MOST_ROWS_AT_A_TIME = 64
 _UNCOMPRESSED = ("class_ids.bytes", "depth.bytes")
 
 
@@ -101,7 +103,7 @@ def parse_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         _check_weight(file.metadata, len(data))
-        return file.read(columns=columns)
+        return _read(file, columns, max(_UNPACKED_BYTES, _MOST_TIMES * len(data)))
     except (pa.ArrowException, *DAMAGE) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(message) from error
@@ -111,9 +113,27 @@ def _check_weight(metadata: pq.FileMetaData, num_bytes: int) -> None:
     """Refuse a small file that says that it is a large table; ours are not packed like that."""
     groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)
-    if metadata.num_rows > num_bytes or unpacked > max(_UNPACKED_BYTES, 64 * num_bytes):
+    most = max(_UNPACKED_BYTES, _MOST_TIMES * num_bytes)
+    if metadata.num_rows > num_bytes or unpacked > most:
         message = f"{num_bytes} bytes that say they are {metadata.num_rows} rows, {unpacked} bytes"
         raise ValueError(message)
+
+
+def _read(file: pq.ParquetFile, columns: list[str] | None, most_bytes: int) -> pa.Table:
+    """The rows, a few at a time: what a footer says of a dictionary says nothing of its rows."""
+    groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+    heaviest = max((group.total_byte_size for group in groups), default=0)
+    at_a_time = max(1, min(_MOST_ROWS_AT_A_TIME, _UNPACKED_BYTES // max(1, heaviest)))
+    batches, num_bytes = [], 0
+    for batch in file.iter_batches(at_a_time, columns=columns, use_threads=False):
+        num_bytes += batch.nbytes
+        if num_bytes > most_bytes:
+            message = f"its rows unpack to more than {most_bytes} bytes"
+            raise ValueError(message)
+        batches.append(batch)
+    if not batches:
+        return file.read(columns=columns)
+    return pa.Table.from_batches(batches).combine_chunks()
 
 
 def _rows(shard: AnnotatedShard, *, depth_at_asset_size: bool) -> Iterator[dict[str, Any]]:

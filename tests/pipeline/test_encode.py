@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.encode import decode_class_ids, decode_depth, encode_png, is_same_png
+from pipeline.encode import (
+    decode_class_ids,
+    decode_depth,
+    encode_png,
+    is_same_png,
+    resize_class_ids,
+    resize_depth_codes,
+)
 
 
 def test_class_ids_round_trip():
@@ -100,3 +107,24 @@ def test_a_deflated_bomb_is_not_inflated():
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [(0, 5), (-1, 5), (2**31 - 1, 2**31 - 1), (20_000, 20_000)])
+def test_a_size_that_no_frame_has_is_refused(size):
+    with pytest.raises(ValueError, match=f"no frame has {size[0]}x{size[1]} pixels"):
+        resize_class_ids(np.zeros((2, 3), np.uint8), size)
+    with pytest.raises(ValueError, match="no frame has"):
+        resize_depth_codes(np.ones((2, 3), np.uint16), size)
+
+
+def test_a_png_that_says_it_is_huge_is_not_unpacked():
+    png = encode_png(np.zeros((4, 4), np.uint8))
+    huge = b"IHDR" + struct.pack(">II", 20_000, 20_000) + png[24:29]
+    with pytest.raises(ValueError, match="no frame has 20000x20000 pixels"):
+        decode_class_ids(png[:12] + huge + struct.pack(">I", zlib.crc32(huge)) + png[33:])
+
+
+def test_what_is_no_png_is_not_read_as_another_picture():
+    _, data = cv2.imencode(".bmp", np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match="not a single-channel"):
+        decode_class_ids(data.tobytes())

@@ -8,11 +8,12 @@ import datasets
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.encode import decode_class_ids, decode_depth, resize_class_ids, resize_depth_codes
-from pipeline.sinks.parquet import SCHEMA, encode_shard, frame_id, read_rows
+from pipeline.sinks.parquet import SCHEMA, encode_shard, frame_id, parse_parquet, read_rows
 from pipeline.sinks.png import write_png_tree
 from pipeline.storage import open_store
 from tests.shards import annotated_shard
@@ -172,3 +173,34 @@ def test_depth_at_the_assets_own_size():
         assert codes.shape == (row["height"], row["width"])
         grid = decode_depth(row["depth"]["bytes"])
         assert np.array_equal(codes, resize_depth_codes(grid, (row["width"], row["height"])))
+
+
+def test_a_small_file_of_large_rows_is_refused():
+    value = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), ["x" * (8 << 20)])
+    sink = pa.BufferOutputStream()
+    limits = {"dictionary_pagesize_limit": 1 << 30, "write_statistics": False}
+    pq.write_table(
+        pa.table({"frame_id": value}), sink, compression="zstd", store_schema=False, **limits
+    )
+    data = sink.getvalue().to_pybytes()
+    assert 300 < len(data) < 1000
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(ValueError, match="its rows unpack to more than"):
+        parse_parquet(data)
+    # The whole table would take 2.5 GB.
+    assert pa.default_memory_pool().max_memory() < max(before, 1 << 30)
+
+
+def test_rows_read_in_pieces_are_the_table(shard):
+    data = encode_shard(shard, {"plan_id": "p"})
+    many = pa.concat_tables([pq.read_table(pa.BufferReader(data))] * 50)
+    sink = pa.BufferOutputStream()
+    pq.write_table(many, sink, row_group_size=40)
+    read = parse_parquet(sink.getvalue().to_pybytes())
+    assert read.equals(many)
+    assert read.schema.equals(many.schema, check_metadata=True)
+    some = parse_parquet(sink.getvalue().to_pybytes(), ["status", "frame_id"])
+    assert some.equals(many.select(some.schema.names))
+    empty = pa.BufferOutputStream()
+    pq.write_table(many.slice(0, 0), empty)
+    assert parse_parquet(empty.getvalue().to_pybytes()).equals(many.slice(0, 0))
