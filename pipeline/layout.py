@@ -34,6 +34,10 @@ OWN_PREFIXES = (
 )
 
 _MAX_NAME_BYTES = 220
+# S3's keys have 1,024 bytes: room for the output's own prefix and a suffix.
+_MAX_STEM_BYTES = 800
+# How a name ends that we have cut; a literal one that does is cut, too, so no two are one.
+_CUT = re.compile(r"~[0-9a-f]{32}\Z")
 _SHARD = re.compile(r"/shard-(\d{8,})(?:\.json)?$")
 _DEATH = re.compile(r"/shard-(\d{8,})/(?:(shard|between)|frame-(\d{6,}))-[0-9a-f]{32}\.json$")
 _DATA = re.compile(r"/shard-(\d{8})-([0-9a-f]{32})\.parquet$")
@@ -152,13 +156,19 @@ def png_stem(asset: str, frame_index: int, *, is_video: bool) -> str:
 
     A video's frames lie in a folder of its name; an image keeps its own name, extension included,
     so ``a.jpg`` and ``a.png`` do not meet; nor does a folder ``a.jpg_depth.png`` meet a picture.
+    Names and paths that are too long end with ``~`` and a hash.
     """
     if asset.startswith("/"):  # as S3 keys may
         asset = f"%2F{asset[1:]}"
     *folders, name = asset.split("/")
     if is_video:
         folders, name = [*folders, name], f"{frame_index:06d}"
-    return f"{PNG_PREFIX}{'/'.join([*map(_folder, folders), _fitting(name)])}"
+    stem = f"{PNG_PREFIX}{'/'.join([*map(_folder, folders), _fitting(name)])}"
+    if len(stem.encode()) <= _MAX_STEM_BYTES:
+        return stem
+    # A folder of its own right below, or a name there: by the whole asset's hash.
+    stem = f"{PNG_PREFIX}{_cut(folders[-1] if is_video else name, asset)}"
+    return f"{stem}/{name}" if is_video else stem
 
 
 def _folder(name: str) -> str:
@@ -171,8 +181,12 @@ def _fitting(name: str) -> str:
     """A name that stays in its folder, and fits a file system (255 bytes) with a suffix added."""
     if name in {".", ".."}:
         return "%2E" * len(name)
-    data = name.encode()
-    if len(data) <= _MAX_NAME_BYTES:
+    if len(name.encode()) <= _MAX_NAME_BYTES and not _CUT.search(name):
         return name
-    head = data[: _MAX_NAME_BYTES - 33].decode(errors="ignore")
-    return f"{head}~{xxhash.xxh3_128_hexdigest(data)}"
+    return _cut(name, name)
+
+
+def _cut(name: str, of: str) -> str:
+    """The beginning of a name and the hash of what it stands for."""
+    head = name.encode()[: _MAX_NAME_BYTES - 33].decode(errors="ignore")
+    return f"{head}~{xxhash.xxh3_128_hexdigest(of.encode())}"

@@ -54,3 +54,35 @@ def test_png_names_fit_a_file_system(name):
     stem = png_stem(f"d/{name}", 0, is_video=False)
     assert len(f"{stem.rpartition('/')[2]}_labelTrainIds.png".encode()) <= 255
     assert stem != png_stem(f"d/{name}2", 0, is_video=False)
+
+
+def test_a_name_that_looks_cut_is_no_name_that_was(tmp_path):
+    long = "L" * 250
+    cut = png_stem(f"{long}/x.png", 0, is_video=False).split("/")[1]
+    assert cut.startswith("LLL")
+    assert cut != long
+    for stem in (
+        png_stem(f"{cut}/x.png", 0, is_video=False),
+        png_stem(cut, 0, is_video=False),
+        png_stem(cut, 0, is_video=True),
+    ):
+        assert stem.split("/")[1] != cut
+        assert len(stem.split("/")[1]) <= 220
+
+
+def test_no_path_is_too_long():
+    deep = "/".join(["%01" * 80] * 38)
+    stems = {
+        png_stem(f"{folder}/{name}", 7, is_video=is_video)
+        for folder in (deep, deep[3:])
+        for name in ("x.png", "y.png", "z" * 300)
+        for is_video in (False, True)
+    }
+    assert len(stems) == 12
+    for stem in stems:
+        assert len(stem) <= 800
+        assert all(len(name) <= 220 for name in stem.split("/"))
+    assert png_stem(f"{deep}/x.mp4", 8, is_video=True).endswith("/000008")
+    # What looks like such a path is another.
+    short = png_stem(f"{deep}/x.png", 0, is_video=False).removeprefix("png/")
+    assert png_stem(short, 0, is_video=False) != f"png/{short}"
