@@ -27,6 +27,8 @@ SILENT_S = 30.0
 
 # A submission that has not started a driver by then has failed on the cluster.
 _SUBMITTED_S = 900.0
+# A heartbeat has a few hundred bytes; a larger one says nothing.
+_MAX_BYTES = 64 << 10
 # Linux has no more.
 _PIDS = 1 << 31
 _NUMBER = re.compile(r"(lease|heartbeat)-(\d{8,})\.json")
@@ -105,7 +107,8 @@ def beat(store: Store, heartbeat: Heartbeat) -> None:
 
 def heartbeats(store: Store) -> list[Heartbeat]:
     """Last sign of life of every driver that the job ever had, oldest lease first."""
-    keys = [heartbeat_key(number) for number in sorted(_numbers(store, "heartbeat"))]
+    numbers = sorted(_numbers(store, "heartbeat", max_bytes=_MAX_BYTES))
+    keys = [heartbeat_key(number) for number in numbers]
     found = []
     for _, data in store.read_many(keys):
         heartbeat = None if isinstance(data, StorageError) else _parse(data)
@@ -194,11 +197,12 @@ class Pulse:
             return
 
 
-def _numbers(store: Store, name: str) -> list[int]:
+def _numbers(store: Store, name: str, *, max_bytes: int | None = None) -> list[int]:
     found = []
     for item in store.list(LEASE_PREFIX):
         match = _NUMBER.fullmatch(item.key.removeprefix(LEASE_PREFIX))
-        if match is not None and match[1] == name:
+        is_small = max_bytes is None or item.size_bytes <= max_bytes
+        if match is not None and match[1] == name and is_small:
             found.append(int(match[2]))
     return found
 

@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.progress import say, track
+from jobs.record import is_job
 from jobs.spec import JobSpec
 from pipeline.decode import probe_assets
-from pipeline.errors import DAMAGE, InputError, JobError, UserError
+from pipeline.errors import DAMAGE, InputError, JobError, ObjectNotFoundError, UserError
 from pipeline.geometry import Geometry, input_size
 from pipeline.layout import JOB_KEY, PNG_PREFIX, SHARDS_PER_RANGE, Generation
 from pipeline.records import Asset, AssetKind, ShardSpec, Slice, canonical_json, shards_to_table
@@ -50,8 +51,10 @@ T = TypeVar("T")
 
 Reason = Literal["first", "retry", "repair"]
 
-# Of one part: far more than any version puts there.
-_MOST_SHARDS = 1_000_000
+# No version puts more shards into a part. A hundred million of them are six billion frames.
+_MOST_SHARDS = 1000
+_MOST_PARTS = 100_000
+_MAX_BYTES = 64 << 20
 _PART_KEY = re.compile(r"gen-\d{4,}/plan/part-\w+-\d{5,}\.parquet", re.ASCII)
 
 
@@ -122,13 +125,19 @@ class Plan:
             ValueError: If they are none, or its parts do not make up its shards.
         """
         plan = from_json(cls, data)
+        if len(plan.parts) > _MOST_PARTS:
+            message = f"it has {len(plan.parts)} parts, more than {_MOST_PARTS}"
+            raise ValueError(message)
         first = 0
         for part in plan.parts:
             if not _PART_KEY.fullmatch(part.key):
                 message = f"{part.key!r} is no key of a part"
                 raise ValueError(message)
-            if part.first_shard != first or not 0 < part.num_shards <= _MOST_SHARDS:
+            if part.first_shard != first:
                 message = f"{part.key} does not begin where the part before it ends"
+                raise ValueError(message)
+            if not 0 < part.num_shards <= _MOST_SHARDS:
+                message = f"{part.key} cannot hold {part.num_shards} shards"
                 raise ValueError(message)
             first += part.num_shards
         if first != plan.num_shards:
@@ -367,10 +376,10 @@ def read_plan(store: Store, generation: Generation) -> Plan | None:
     Raises:
         JobError: If ``plan.json`` cannot be understood.
     """
-    if store.head(generation.plan_key) is None:
-        return None
     try:
-        return Plan.from_json(store.read(generation.plan_key))
+        return Plan.from_json(store.read_small(generation.plan_key, _MAX_BYTES))
+    except ObjectNotFoundError:
+        return None
     except DAMAGE as error:
         message = f"{generation.plan_key} is malformed: {error}"
         raise JobError(message) from error
@@ -421,7 +430,7 @@ def open_output(spec: JobSpec) -> Store:
 
 
 def _without_outputs(store: Store, assets: Sequence[Asset]) -> list[Asset]:
-    """Leave out the PNG trees of jobs whose output lies inside the archive."""
+    """Leave out the PNG trees of jobs whose output lies inside the archive, and say so."""
     jobs: dict[str, bool] = {}
 
     def is_output(asset: Asset) -> bool:
@@ -429,12 +438,15 @@ def _without_outputs(store: Store, assets: Sequence[Asset]) -> list[Asset]:
         for depth in range(1, len(folders)):
             folder = unescape_path(f"/{PNG_PREFIX}".join(folders[:depth]).lstrip("/"))
             if folder not in jobs:
-                jobs[folder] = store.exists(f"{folder}/{JOB_KEY}" if folder else JOB_KEY)
+                jobs[folder] = is_job(store, f"{folder}/{JOB_KEY}" if folder else JOB_KEY)
             if jobs[folder]:
                 return True
         return False
 
-    return [asset for asset in assets if not is_output(asset)]
+    kept = [asset for asset in assets if not is_output(asset)]
+    if len(kept) < len(assets):
+        say(f"{len(assets) - len(kept)} PNGs of jobs inside the archive: left out.")
+    return kept
 
 
 def _refuse_double_paths(assets: Sequence[Asset]) -> None:

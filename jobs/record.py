@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from jobs.spec import JobSpec, check_spec
-from pipeline.errors import ConflictError, JobError, ObjectNotFoundError, UserError
+from pipeline.errors import (
+    ConflictError,
+    JobError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreUnavailableError,
+    UserError,
+)
 from pipeline.layout import JOB_KEY, LAYOUT_VERSION, OWN_PREFIXES, PROBE_PREFIX, WEIGHTS_PREFIX
 from pipeline.records import canonical_json
 from pipeline.storage import Store, create_once, probe_conditional_writes
@@ -16,6 +23,8 @@ from pipeline.typed import KNOWN_FIELDS_ONLY, from_json
 
 # Changes only when the same inputs would give other outputs.
 OUTPUT_VERSION = 3
+# Some kilobytes, and what a job says of its archive.
+_MAX_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +113,25 @@ def read_job(store: Store) -> JobRecord:
         UserError: If there is none.
     """
     try:
-        return JobRecord.from_json(store.read(JOB_KEY))
+        return JobRecord.from_json(store.read_small(JOB_KEY, _MAX_BYTES))
     except ObjectNotFoundError:
         message = f"{store.url}: no job here (no {JOB_KEY}); `segformer3d list` finds jobs"
         raise UserError(message) from None
+
+
+def is_job(store: Store, key: str) -> bool:
+    """Whether an object, which anybody may have written, is the ``job.json`` of a job.
+
+    Raises:
+        StoreUnavailableError: If nobody can say.
+    """
+    try:
+        JobRecord.from_json(store.read_small(key, _MAX_BYTES))
+    except StoreUnavailableError:
+        raise
+    except (JobError, StorageError):
+        return False
+    return True
 
 
 def claim_output(store: Store, record: JobRecord, *, single_driver: bool) -> JobRecord:
@@ -125,7 +149,7 @@ def claim_output(store: Store, record: JobRecord, *, single_driver: bool) -> Job
         ConflictError: If the output holds another job, or this one with other settings.
         UserError: If it holds something else, or its store ignores conditional writes.
     """
-    held = store.read(JOB_KEY) if store.head(JOB_KEY) is not None else None
+    held = _held(store)
     if held is None:
         _refuse_strangers(store)
         if not single_driver and not probe_conditional_writes(store, PROBE_PREFIX):
@@ -144,6 +168,13 @@ def claim_output(store: Store, record: JobRecord, *, single_driver: bool) -> Job
         )
         raise ConflictError(message)
     return theirs
+
+
+def _held(store: Store) -> bytes | None:
+    try:
+        return store.read_small(JOB_KEY, _MAX_BYTES)
+    except ObjectNotFoundError:
+        return None
 
 
 def _refuse_strangers(store: Store) -> None:

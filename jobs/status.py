@@ -1,6 +1,5 @@
 """What a job's storage says about it, with or without a driver alive."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -163,10 +162,20 @@ def find_jobs(root: str, storage: StorageOptions) -> list[JobStatus]:
         UserError: If the root cannot be opened.
     """
     store = open_store(root, storage)
-    return sorted(_jobs_below(store, "", storage), key=lambda job: job.url)
+    found: list[JobStatus] = []
+    # A stack: folders nest deeper than Python's calls.
+    folders = [""]
+    while folders:
+        jobs, children = _look_into(store, folders.pop(), storage)
+        found += jobs
+        folders += children
+    return sorted(found, key=lambda job: job.url)
 
 
-def _jobs_below(store: Store, folder: str, storage: StorageOptions) -> Iterator[JobStatus]:
+def _look_into(
+    store: Store, folder: str, storage: StorageOptions
+) -> tuple[list[JobStatus], list[str]]:
+    """The job in a folder, if there is one or one may be, and the folders where more may be."""
     prefix = f"{folder}/" if folder else ""
     url = join_url(store.url, folder) if folder else store.url
     try:
@@ -176,17 +185,21 @@ def _jobs_below(store: Store, folder: str, storage: StorageOptions) -> Iterator[
         if not folder:
             message = f"cannot search {error}"
             raise UserError(message) from None
-        yield _unreadable(url, error)
-        return
+        return [_unreadable(url, error)], []
     if is_job:
-        try:
-            yield job_status(url, storage)
-        except Segformer3dError as error:
-            yield _unreadable(url, error)
-    for child in children:
-        name = child.rpartition("/")[2]
-        if not f"{name}/".startswith(OWN_PREFIXES) and not name.startswith("."):
-            yield from _jobs_below(store, child, storage)
+        return [_status_or_problem(url, storage)], []
+    return [], [child for child in children if _may_hold_jobs(child.rpartition("/")[2])]
+
+
+def _may_hold_jobs(name: str) -> bool:
+    return not f"{name}/".startswith(OWN_PREFIXES) and not name.startswith(".")
+
+
+def _status_or_problem(url: str, storage: StorageOptions) -> JobStatus:
+    try:
+        return job_status(url, storage)
+    except Segformer3dError as error:
+        return _unreadable(url, error)
 
 
 def _unreadable(url: str, error: Exception) -> JobStatus:

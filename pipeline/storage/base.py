@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from pipeline.errors import ObjectNotFoundError, StorageError
-from pipeline.storage.paths import compile_glob, literal_glob
+from pipeline.storage.paths import compile_glob, join_url, literal_glob
 
 Data = bytes | bytearray | memoryview
 
@@ -107,7 +107,8 @@ class Store(ABC):
 
         Hidden files are included; folder markers, special files and the temporary files of ``put``
         are not. A folder that does not exist is empty. Links to files and folders are followed,
-        except from a folder to one that contains it. With ``on_error``, a folder below the store's
+        except from a folder to one that contains it, and each folder by one link at the most: the
+        first in the order of names, depth first. With ``on_error``, a folder below the store's
         own that cannot be read is reported and left out, and a file whose size cannot be found out
         has size 0; without it, both raise.
         """
@@ -132,6 +133,22 @@ class Store(ABC):
     @abstractmethod
     def fingerprint(self, key: str) -> str:
         """What changes with the content: the ETag; locally size and a hash of both ends."""
+
+    def read_small(self, key: str, max_bytes: int) -> bytes:
+        """The whole object, unless it is larger than any of its kind: that is a ``StorageError``.
+
+        Asked first, because what somebody else has put there need not fit into memory.
+        """
+        info = self.head(key)
+        if info is None:
+            raise not_found(join_url(self.url, key))
+        if info.size_bytes > max_bytes:
+            message = (
+                f"{join_url(self.url, key)}: {info.size_bytes} bytes, more than the {max_bytes} "
+                "that any of its kind has"
+            )
+            raise StorageError(message)
+        return self.read(key)
 
     def exists(self, key: str) -> bool:
         """Whether there is an object at ``key``."""

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -103,8 +104,8 @@ class LocalStore(Store):
         with self._reported(base, on_error), suppress(FileNotFoundError, NotADirectoryError):
             status = folder.stat()
         if status is not None and stat.S_ISDIR(status.st_mode):
-            ancestors = ((status.st_dev, status.st_ino),) if recursive else None
-            yield from self._walk(folder, base, ancestors, on_error)
+            visit = _Visit(base, _identity(status), self._entries_of(folder, base, on_error))
+            yield from self._walk(visit, on_error, recursive=recursive)
 
     def list_folders(
         self, prefix: str = "", *, follow_links: bool = True, on_error: OnError | None = None
@@ -141,36 +142,58 @@ class LocalStore(Store):
             return _fingerprint(size_bytes, head, file.read(_HASHED_BYTES))
 
     def _walk(
-        self,
-        folder: Path,
-        base: str,
-        ancestors: tuple[tuple[int, int], ...] | None,
-        on_error: OnError | None,
+        self, first: "_Visit", on_error: OnError | None, *, recursive: bool
     ) -> Iterator[ObjectInfo]:
-        entries: Iterable[os.DirEntry[str]] = ()
-        with self._reported(base, on_error):
-            entries = _entries(folder)
-        for entry in entries:
-            key = _child(base, entry.name)
-            status: os.stat_result | None = None
-            is_file = entry.is_symlink()
-            with self._reported(key, on_error):
-                try:
-                    status = _status(entry)
-                except PermissionError:
-                    is_file = is_file or entry.is_file(follow_symlinks=False)
-                    if on_error is None or not is_file:
-                        raise
-            if status is None:
-                if is_file:
-                    yield ObjectInfo(key=key, size_bytes=0, etag="")
+        """Depth first, by a stack: folders nest deeper than Python's calls."""
+        visits = [first]
+        # Links that lead to each other's folders have more paths than anybody can list.
+        linked: set[tuple[int, int]] = set()
+        while visits:
+            visit = visits[-1]
+            entry = next(visit.entries, None)
+            if entry is None:
+                visits.pop()
                 continue
-            if stat.S_ISREG(status.st_mode):
-                yield ObjectInfo(key=key, size_bytes=status.st_size, etag="")
-            elif stat.S_ISDIR(status.st_mode) and ancestors is not None:
-                identity = (status.st_dev, status.st_ino)
-                if identity not in ancestors:
-                    yield from self._walk(Path(entry.path), key, (*ancestors, identity), on_error)
+            key = _child(visit.base, entry.name)
+            status, is_file = self._look(entry, key, on_error)
+            if is_file:
+                yield ObjectInfo(key=key, size_bytes=status.st_size if status else 0, etag="")
+            if status is None or not stat.S_ISDIR(status.st_mode) or not recursive:
+                continue
+            identity = _identity(status)
+            is_linked = visit.is_linked or entry.is_symlink()
+            if any(identity == above.identity for above in visits) or (
+                is_linked and identity in linked
+            ):
+                continue
+            if is_linked:
+                linked.add(identity)
+            entries = self._entries_of(Path(entry.path), key, on_error)
+            visits.append(_Visit(key, identity, entries, is_linked))
+
+    def _look(
+        self, entry: os.DirEntry[str], key: str, on_error: OnError | None
+    ) -> tuple[os.stat_result | None, bool]:
+        """An entry's status, if it can be known, and whether it is to be listed as a file."""
+        is_file = entry.is_symlink()
+        with self._reported(key, on_error):
+            try:
+                status = _status(entry)
+            except PermissionError:
+                is_file = is_file or entry.is_file(follow_symlinks=False)
+                if on_error is None or not is_file:
+                    raise
+            else:
+                return status, is_file if status is None else stat.S_ISREG(status.st_mode)
+        return None, is_file
+
+    def _entries_of(
+        self, folder: Path, key: str, on_error: OnError | None
+    ) -> Iterator[os.DirEntry[str]]:
+        entries: Iterable[os.DirEntry[str]] = ()
+        with self._reported(key, on_error):
+            entries = _entries(folder)
+        return iter(entries)
 
     def _refuse_strangers_links(self, folder: Path) -> None:
         """Refuse to write where another user's link leads, who could not write there himself.
@@ -225,6 +248,27 @@ class LocalStore(Store):
             raise StoreUnavailableError(reason) from error
         except UnicodeEncodeError as error:
             raise StorageError(f"{self.url}: no file can be named {key!r}") from error
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """A folder that is being listed.
+
+    Attributes:
+        base: Its key.
+        identity: Device and inode.
+        entries: What of it is still to come.
+        is_linked: Whether a link led to it, or to a folder above it.
+    """
+
+    base: str
+    identity: tuple[int, int]
+    entries: Iterator[os.DirEntry[str]]
+    is_linked: bool = False
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _url(root: str) -> str:

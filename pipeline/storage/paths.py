@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 _MAGIC = re.compile(r"[*?\[]")
 _WILDCARD = re.compile(r"(\*+|\?|\[!?+.[^\]]*\])", re.DOTALL)
 _QUOTED = re.compile(r"\[([*?\[])\]")
-_ESCAPED = re.compile(r"[%\x00-\x1f\x7f\udc80-\udcff]|(?<=/)/")
+_ESCAPED = re.compile(r"[%\x00-\x1f\x7f-\x9f\udc80-\udcff]|(?<=/)/")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]")
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _PERCENT = re.compile(rb"%([0-9A-Fa-f]{2})")

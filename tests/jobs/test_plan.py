@@ -12,6 +12,7 @@ from pipeline.layout import Generation
 from pipeline.records import Slice
 from pipeline.storage import open_store
 from pipeline.storage.base import Store
+from tests.jobs.job_parts import make_job
 from tests.media import encode_cv2, picture, write_video
 
 GENERATION = Generation()
@@ -117,16 +118,20 @@ def test_globs_and_exclusions(archive, tmp_path):
     assert planned(single)[1].num_frames == 1
 
 
-def test_outputs_inside_the_archive_are_left_out(archive, tmp_path):
+def test_outputs_inside_the_archive_are_left_out(archive, tmp_path, capsys):
+    record = make_job(tmp_path / "other", num_images=1, bad=False).record.to_json()
     root = tmp_path / "copy"
     shutil.copytree(archive, root)
     for folder in ("out", "sub/png/older"):
         write_jpeg(root / folder / "png" / "drive" / "a.jpg_color.png")
-        (root / folder / "job.json").write_text("{}")
+        (root / folder / "job.json").write_bytes(record)
     write_jpeg(root / "png" / "mine.jpg")
+    # Somebody else's object of that name says nothing of what lies beside it.
+    (root / "job.json").write_text("{}")
     for url in (str(root), f"{root}/**/*.*"):
         spec = job(root, tmp_path, input={"url": url}, output={"url": str(root / "out")})
         assert planned(spec)[1].num_images == 12
+        assert "2 PNGs of jobs inside the archive: left out." in capsys.readouterr().err
 
 
 def test_large_frames_make_small_shards(tmp_path):

@@ -1,11 +1,14 @@
 """Looking for jobs where not everything can be read."""
 
+import json
 import os
+import subprocess
 
 import pytest
 
-from jobs.status import find_jobs
-from pipeline.errors import UserError
+from jobs.lease import heartbeat_key, heartbeats
+from jobs.status import find_jobs, job_status
+from pipeline.errors import JobError, StorageError, UserError
 from pipeline.layout import JOB_KEY
 from pipeline.storage import StorageOptions
 from tests.jobs.job_parts import make_job
@@ -63,3 +66,53 @@ def test_an_unreadable_root_is_the_users_mistake(tmp_path, monkeypatch):
     refuse_folder(monkeypatch, tmp_path)
     with pytest.raises(UserError, match="permission denied"):
         find_jobs(str(tmp_path), StorageOptions())
+
+
+def test_a_small_object_of_forty_gigabytes_is_not_read(tmp_path):
+    job = make_job(tmp_path, num_images=1, bad=False)
+    beat = tmp_path / "job" / heartbeat_key(9)
+    beat.parent.mkdir(exist_ok=True)
+    beat.touch()
+    for path in (beat, tmp_path / "job" / "gen-0000/plan/plan.json", tmp_path / "job" / JOB_KEY):
+        held = path.read_bytes()
+        os.truncate(path, 40 << 30)
+        if path == beat:
+            assert heartbeats(job.store) == []
+            continue
+        with pytest.raises(StorageError, match=f"{path.name}: 42949672960 bytes, more than the"):
+            job_status(job.store.url, StorageOptions())
+        (found,) = find_jobs(str(tmp_path / "job"), StorageOptions())
+        assert found.state == "unreadable"
+        path.write_bytes(held)
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "shards", "message"),
+    [(1, 1001, "cannot hold 1001 shards"), (100_001, 1, "100001 parts, more than 100000")],
+)
+def test_a_plan_of_more_shards_than_its_parts_can_hold(tmp_path, num_parts, shards, message):
+    job = make_job(tmp_path, num_images=1, bad=False)
+    path = tmp_path / "job" / "gen-0000/plan/plan.json"
+    plan = json.loads(path.read_bytes())
+    plan["parts"] = [
+        {
+            "key": f"gen-0000/plan/part-a-{number:05d}.parquet",
+            "first_shard": number * shards,
+            "num_shards": shards,
+        }
+        for number in range(num_parts)
+    ]
+    plan["num_shards"] = num_parts * shards
+    path.write_text(json.dumps(plan))
+    with pytest.raises(JobError, match=f"plan.json is malformed: .*{message}"):
+        job_status(job.store.url, StorageOptions())
+
+
+def test_folders_nest_deeper_than_calls(tmp_path):
+    folder = tmp_path
+    for _ in range(1200):
+        folder = folder / "d"
+        folder.mkdir()
+    assert find_jobs(str(tmp_path), StorageOptions()) == []
+    # Python's own rmtree, and so pytest, would call itself too often.
+    subprocess.run(["/bin/rm", "-r", tmp_path / "d"], check=True)
