@@ -17,6 +17,7 @@ from jobs.footage import Found, SourceFile
 from pipeline.errors import InputError, JobError, UserError
 from pipeline.records import AssetKind, UInt8Array
 from pipeline.storage import split_glob
+from segformer3d.files import temporary_beside
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -27,8 +28,8 @@ _DEFAULT_RATE = Fraction(25)
 _LEAST_RATE = Fraction(1, 1001)
 _CRF = "20"
 _MAX_SHOWN_CHARS = 200
-# Of file systems, less what the temporary name adds.
-_NAME_MAX_BYTES = 255 - len("..part")
+# Of file systems.
+_NAME_MAX_BYTES = 255
 # FFmpeg's MP4: ticks between two frames, and the least ticks per second that it makes them of.
 _MAX_GAP_TICKS = 2**31 - 2
 _LEAST_TICKS_PER_S = 10_000
@@ -110,8 +111,9 @@ def new_file(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[Pa
     except OSError as error:
         message = f"--output: cannot make the folder {path.parent}: {error.strerror}"
         raise UserError(message) from error
-    temporary = path.with_name(f".{path.name}.part")
+    temporary: Path | None = None
     try:
+        temporary = temporary_beside(path)
         yield temporary
         if keep():
             temporary.replace(path)
@@ -119,9 +121,10 @@ def new_file(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[Pa
         message = f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
         raise JobError(message) from error
     finally:
-        # There is none where its name is too long, say: the first error is the one to tell of.
+        # The first error is the one to tell of.
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
 
 
 class VideoWriter:

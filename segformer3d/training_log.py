@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
+
+from segformer3d.files import temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,13 +100,13 @@ class TrainingLog:
             axes.plot(steps, values, linewidth=1, marker="." if len(points) < 20 else None)
             axes.set_title(name, fontsize=9)
             axes.grid(alpha=0.3)
-        temporary = self._curves.with_name(f".{os.getpid()}-{CURVES_NAME}")
-        figure.savefig(temporary, dpi=90)
+        temporary = temporary_beside(self._curves)
+        figure.savefig(temporary, dpi=90, format="png")
         temporary.replace(self._curves)
 
     def _forget_after(self, step: int) -> None:
         kept = [row for row in self.rows() if row[0] <= step]
-        temporary = self._path.with_name(f".{CSV_NAME}.{os.getpid()}")
+        temporary = temporary_beside(self._path)
         with temporary.open("w", newline="") as file:
             csv.writer(file).writerows([HEADER, *kept])
         temporary.replace(self._path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from segformer3d.datasets.sample import IDENTITY_GROUPS, DepthKind, Sample
+from segformer3d.files import temporary_beside
 from segformer3d.scenes import make_drive, render
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _save(path: Path, sample: Sample) -> None:
     arrays: dict[str, Any] = {"image": sample.image, "class_ids": sample.class_ids}
     if sample.depth is not None:
         arrays["depth"] = sample.depth.astype(np.float16)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     with temporary.open("wb") as file:
         np.savez(file, **arrays)
     temporary.replace(path)
