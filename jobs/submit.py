@@ -10,7 +10,7 @@ from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from jobs.claim import claim_job
 from jobs.cluster import AUTH_SOURCES, OPEN_CLUSTER, require_token
@@ -58,8 +58,9 @@ def submit_job(spec: JobSpec, address: str) -> Submission:
     server.check()
     job = claim_job(_with_endpoints(spec))
     lease = take_lease(job.store, "submitted")
-    command = [sys.executable if _is_local(address) else "python", "-m", "jobs.cli", "resume"]
-    command += [job.store.url, "--lease", str(lease)]
+    # -P: what lies in the folder where the cluster starts it is nobody's module.
+    command = [sys.executable if _is_local(address) else "python", "-P", "-m", "jobs.cli"]
+    command += ["resume", job.store.url, "--lease", str(lease)]
     submission_id = f"segformer3d-{uuid.uuid4().hex}"
     try:
         server.submit(
@@ -70,7 +71,7 @@ def submit_job(spec: JobSpec, address: str) -> Submission:
                 "metadata": {"segformer3d_url": job.store.url},
             }
         )
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         beat(job.store, Heartbeat.now(lease, "ended"))
         message = f"{address} did not take the job: {_reason(error)}"
         raise JobError(message) from None
@@ -115,6 +116,7 @@ class _JobsServer:
 
         Raises:
             OSError: If it is not taken.
+            HTTPException: If the answer breaks off.
         """
         self._ask("/api/jobs/", _SUBMIT_S, with_token=True, data=json.dumps(fields).encode())
 
@@ -140,7 +142,9 @@ class _JobsServer:
         if with_token:
             headers |= get_auth_headers_if_auth_enabled({})
         request = Request(self.address + path, data, headers)  # noqa: S310  # http(s) only
-        with build_opener(_NoRedirects).open(request, timeout=timeout_s) as answer:
+        # Nor may a proxy of the environment see the token.
+        opener = build_opener(_NoRedirects, ProxyHandler({}))
+        with opener.open(request, timeout=timeout_s) as answer:
             answer.read()
 
 
