@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 the user's mistake, 3 done with quarantined inpu
 import functools
 import json
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +19,13 @@ import click
 from jobs.cli_evaluate import evaluate
 from jobs.cli_model import attention, predict
 from jobs.cli_train import fetch, train
-from pipeline.errors import ObjectForbiddenError, Segformer3dError, UserError, one_line
+from pipeline.errors import (
+    ObjectForbiddenError,
+    Segformer3dError,
+    UserError,
+    one_line,
+    without_controls,
+)
 from pipeline.storage import StorageOptions
 from pipeline.urls import redact
 
@@ -30,6 +37,7 @@ Command = Callable[..., Any]
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script."""
     sys.excepthook = _print_traceback
+    threading.excepthook = _print_thread_s_traceback
     sys.exit(run(arguments))
 
 
@@ -78,6 +86,12 @@ def _print_traceback(
 ) -> None:
     """What nobody foresaw is told in full, but for credentials."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _print_thread_s_traceback(arguments: threading.ExceptHookArgs) -> None:
+    """As of the main thread."""
+    if arguments.exc_value is not None:
+        _print_traceback(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
 
 
 def _spec_options(command: Command) -> Command:
@@ -193,8 +207,9 @@ def cancel(url: str, endpoint_url: str | None, as_json: bool) -> None:
     store = open_store(url, _storage(endpoint_url))
     read_job(store)
     asked = request_cancel(store)
-    text = "\n".join(f"asked process {item.pid} on {item.host} to stop" for item in asked)
-    _print([asdict(item) for item in asked], as_json, text or "no driver works on this job")
+    lines = (one_line(f"asked process {item.pid} on {item.host} to stop") for item in asked)
+    text = "\n".join(lines) or "no driver works on this job"
+    _print([asdict(item) for item in asked], as_json, text)
 
 
 @cli.command()
@@ -319,7 +334,9 @@ def _exit_code(outcome: str) -> int:
 
 
 def _print(fields: object, as_json: bool, text: str) -> None:
-    click.echo(json.dumps(fields, indent=2) if as_json else text)
+    # A last look: texts are made of what strangers have stored.
+    shown = "\n".join(map(without_controls, text.split("\n")))
+    click.echo(json.dumps(fields, indent=2) if as_json else shown)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jobs.progress import say
 from jobs.runner import RunResult, run_job
 from jobs.spec import check_spec
 from pipeline.encode import decode_class_ids, decode_depth, encode_png
+from pipeline.errors import UserError
 from segformer3d.config import DepthCodec
 from segformer3d.draw import three_panels
 
@@ -23,12 +24,16 @@ def run_demo(folder: str) -> RunResult:
         folder: Where archive, job and picture go.
 
     Raises:
-        UserError: If the folder holds something else.
+        UserError: If the folder holds something else, or cannot be written.
     """
     root = Path(folder).absolute()
     archive, output = root / "archive", root / "job"
     say(f"Making a small dashcam archive in {archive}")
-    make_demo_archive(archive)
+    try:
+        make_demo_archive(archive)
+    except OSError as error:
+        message = f"--folder {folder}: cannot write there: {error.strerror}"
+        raise UserError(message) from error
     spec = check_spec(
         {
             "input": {"url": str(archive)},

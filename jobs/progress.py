@@ -8,6 +8,7 @@ from typing import Never, Self, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.errors import without_controls
 from pipeline.urls import redact
 
 _LINE_EVERY_S = 10.0
@@ -114,5 +115,5 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str)
 
 def say(message: str) -> None:
     """One line for a person; results go to standard output, this does not."""
-    tqdm.write(redact(message), file=sys.stderr)
+    tqdm.write(redact(without_controls(message)), file=sys.stderr)
     sys.stderr.flush()

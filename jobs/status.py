@@ -14,6 +14,7 @@ from pipeline.errors import (
     StorageError,
     UserError,
     one_line,
+    without_controls,
 )
 from pipeline.layout import JOB_KEY, OWN_PREFIXES
 from pipeline.storage import StorageOptions, Store, join_url, open_store
@@ -66,14 +67,15 @@ class JobStatus:
     def line(self) -> str:
         """One line for a listing."""
         if self.state == "unreadable":
-            return f"{self.url}  {self.state}  {self.problem}"
+            return without_controls(f"{self.url}  {self.state}  {self.problem}")
         share = 100 * self.num_done / self.num_shards if self.num_shards else 0
-        return f"{self.url}  {self.state}  {share:.0f}%  {self.num_frames} frames"
+        line = f"{self.url}  {self.state}  {share:.0f}%  {self.num_frames} frames"
+        return without_controls(line)
 
     def text(self) -> str:
         """A few lines for a person."""
         if self.state == "unreadable":
-            return f"{self.url}: {self.state}\n{self.problem}"
+            return "\n".join(map(without_controls, (f"{self.url}: {self.state}", self.problem)))
         lines = [
             f"{self.url}: {self.state}",
             f"shards  {self.num_done} of {self.num_shards} decided",
@@ -93,7 +95,7 @@ class JobStatus:
             lines.append(f"left    {self.seconds_left:.0f} s")
         if not self.trained:
             lines.append("The weights are untrained.")
-        return "\n".join(lines)
+        return "\n".join(map(without_controls, lines))
 
 
 def job_status(url: str, storage: StorageOptions) -> JobStatus:

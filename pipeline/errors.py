@@ -99,5 +99,9 @@ class JobError(Segformer3dError):
 
 def one_line(message: str) -> str:
     """A message as a terminal may show it, whatever file it came from: no breaks, no controls."""
-    line = " ".join(message.split())
+    return without_controls(" ".join(message.split()))
+
+
+def without_controls(line: str) -> str:
+    """A line of ours in which a stranger's words stand, with the spaces that it has."""
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)

@@ -65,6 +65,8 @@ def complaint(result):
         (["weights", "import", "none.pt", "OUT"], "no such file"),
         (["weights", "import", "FILE", "OUT"], "weights"),
         (["fly"], "No such command"),
+        (["demo", "--folder", "FILE"], "cannot write there: "),
+        (["demo", "--folder", "/proc/x"], "cannot write there: "),
         (["run", "--speed", "3"], "No such option"),
         (["submit", "--input", "IN", "--output", "OUT"], "Missing option"),
         (

@@ -3,10 +3,14 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 
-from jobs.lease import heartbeat_key, heartbeats
+from jobs import cli
+from jobs.claim import reopen_job
+from jobs.lease import Heartbeat, beat, heartbeat_key, heartbeats
+from jobs.runner import _Driver
 from jobs.status import find_jobs, job_status
 from pipeline.errors import JobError, StorageError, UserError
 from pipeline.layout import JOB_KEY
@@ -116,3 +120,21 @@ def test_folders_nest_deeper_than_calls(tmp_path):
     assert find_jobs(str(tmp_path), StorageOptions()) == []
     # Python's own rmtree, and so pytest, would call itself too often.
     subprocess.run(["/bin/rm", "-r", tmp_path / "d"], check=True)
+
+
+def test_no_control_character_of_a_stored_object_reaches_the_terminal(tmp_path, capsys):
+    job = make_job(tmp_path, num_images=1, bad=False)
+    host = "h\x1b]0;owned\x07\x9b2J\nforged"
+    beat(job.store, replace(Heartbeat.now(9, "running"), host=host))
+    for verb in ("status", "cancel"):
+        assert cli.run([verb, job.store.url]) == 0
+    _Driver(reopen_job(job.store.url, StorageOptions()), 1)
+    (tmp_path / "job" / "odd\x1b[2J").mkdir()
+    (tmp_path / "job" / "odd\x1b[2J" / JOB_KEY).touch()
+    (tmp_path / "job" / JOB_KEY).unlink()
+    assert cli.run(["list", job.store.url]) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("owned") == 3
+    assert "unreadable" in said
+    assert all(line.isprintable() for line in said.split("\n"))
+    assert not any(line.startswith("forged") for line in said.split("\n"))
