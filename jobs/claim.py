@@ -5,12 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.generations import read_plans
-from jobs.plan import Plan, Planner, check_archive, make_plan, open_output, read_plan
+from jobs.plan import (
+    Plan,
+    Planner,
+    check_archive,
+    check_assets,
+    make_plan,
+    open_output,
+    read_plan,
+)
 from jobs.progress import say
 from jobs.record import OUTPUT_VERSION, JobRecord, claim_output, read_job
 from jobs.spec import JobSpec, RaySection
 from pipeline.errors import ConflictError, JobError, StorageError, UserError
-from pipeline.layout import Generation
+from pipeline.layout import JOB_KEY, Generation
 from pipeline.storage import StorageOptions, Store, open_store, read_file
 from pipeline.urls import shown
 
@@ -51,6 +59,9 @@ def claim_job(spec: JobSpec) -> OpenJob:
     weights = load_weights(spec)
     record = make_record(spec, weights)
     store = open_output(spec)
+    if not store.exists(JOB_KEY):
+        # A wrong --input must not leave a job behind that then refuses the right one.
+        check_assets(spec)
     held = claim_output(store, record, single_driver=spec.output.single_driver)
     if store.head(held.weights_key) is None:
         store.put(held.weights_key, weights)

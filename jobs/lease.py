@@ -14,9 +14,10 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pipeline.errors import StorageError
+from pipeline.errors import ObjectForbiddenError, StorageError, StoreUnavailableError
 from pipeline.layout import LEASE_PREFIX, cancel_key, heartbeat_key, lease_key
 from pipeline.records import canonical_json
 from pipeline.storage import Store, create_once
@@ -49,6 +50,8 @@ class Heartbeat:
         num_done: Shards decided, as far as it knew.
         num_shards: Shards of the plan; 0 before there is one.
         frames_per_s: Its rate lately.
+        pids: Which processes its ``pid`` is one of: machines and containers may share a name. Empty
+            if unknown, as in heartbeats of before 2026-11-27.
     """
 
     lease: int
@@ -59,6 +62,7 @@ class Heartbeat:
     num_done: int = 0
     num_shards: int = 0
     frames_per_s: float = 0.0
+    pids: str = ""
 
     @classmethod
     def now(cls, lease: int, state: DriverState, **progress: Any) -> Self:
@@ -69,6 +73,7 @@ class Heartbeat:
             pid=os.getpid(),
             at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             state=state,
+            pids=_pids(),
             **progress,
         )
 
@@ -85,19 +90,33 @@ class Heartbeat:
             return False
         if self.state == "submitted":
             return self.age_s < _SUBMITTED_S
-        if self.host == socket.gethostname() and not _process_exists(self.pid):
+        if self._is_of_this_machine and not _process_exists(self.pid):
             return False
         return self.age_s < SILENT_S
+
+    @property
+    def _is_of_this_machine(self) -> bool:
+        return self.host == socket.gethostname() and self.pids in {"", _pids()}
 
 
 def take_lease(store: Store, state: DriverState = "planning") -> int:
     """The next free number, now this driver's."""
     mine = canonical_json({"driver": uuid.uuid4().hex, "host": socket.gethostname()})
     number = 1 + max(_numbers(store, "lease"), default=0)
-    while create_once(store, lease_key(number), mine) != mine:
+    while _create(store, number, mine) != mine:
         number += 1
     beat(store, Heartbeat.now(number, state))
     return number
+
+
+def _create(store: Store, number: int, mine: bytes) -> bytes:
+    try:
+        return create_once(store, lease_key(number), mine)
+    except StoreUnavailableError as error:
+        if isinstance(error.__cause__, ObjectForbiddenError):
+            # Nothing was begun that could have an unknown outcome: the user may not write here.
+            raise error.__cause__ from None
+        raise
 
 
 def beat(store: Store, heartbeat: Heartbeat) -> None:
@@ -132,7 +151,7 @@ def _makes_sense(heartbeat: Heartbeat) -> bool:
     return (
         all(type(number) is int for number in (*numbers, heartbeat.pid))
         and 0 < heartbeat.pid < _PIDS
-        and type(heartbeat.host) is str
+        and type(heartbeat.host) is type(heartbeat.pids) is str
         and heartbeat.state in get_args(DriverState)
         and isinstance(heartbeat.frames_per_s, int | float)
         and 0 <= heartbeat.frames_per_s < math.inf
@@ -205,6 +224,15 @@ def _numbers(store: Store, name: str, *, max_bytes: int | None = None) -> list[i
         if match is not None and match[1] == name and is_small:
             found.append(int(match[2]))
     return found
+
+
+def _pids() -> str:
+    """What tells the process ids of this machine or container from those of others, if anything."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return ""
 
 
 def _process_exists(pid: int) -> bool:

@@ -28,7 +28,7 @@ from pipeline.geometry import Geometry, input_size
 from pipeline.layout import JOB_KEY, PNG_PREFIX, SHARDS_PER_RANGE, Generation
 from pipeline.records import Asset, AssetKind, ShardSpec, Slice, canonical_json, shards_to_table
 from pipeline.sources.assets import AssetProbe
-from pipeline.sources.listing import list_assets
+from pipeline.sources.listing import asset_kind, is_hidden, is_tar, list_assets
 from pipeline.sources.slicing import Sampling, slice_asset
 from pipeline.storage import (
     Store,
@@ -181,7 +181,7 @@ class Planner:
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.store, self.pattern = open_input(spec.input.url, spec.input.storage.options())
-        self._excluded = [compile_glob(pattern) for pattern in spec.input.exclude]
+        self._excluded = _excluded(spec)
         self.assets, self.num_ignored = self._list()
         self._digest = PlanDigest()
         self._counts = dict.fromkeys(
@@ -420,6 +420,23 @@ def check_archive(spec: JobSpec) -> None:
     open_input(spec.input.url, spec.input.storage.options())
 
 
+def check_assets(spec: JobSpec) -> None:
+    """Look whether the archive holds anything to annotate; stops at the first such file.
+
+    Raises:
+        UserError: If it holds none.
+    """
+    store, pattern = open_input(spec.input.url, spec.input.storage.options())
+    excluded = _excluded(spec)
+    for info in store.glob(pattern, on_error=lambda *_: None):
+        is_wanted = not any(pattern.fullmatch(info.key) for pattern in excluded)
+        is_asset = asset_kind(info.key) is not None or is_tar(info.key)
+        if is_asset and is_wanted and not is_hidden(info.key):
+            return
+    # Says what there is instead.
+    Planner(spec)
+
+
 def open_output(spec: JobSpec) -> Store:
     """The store of the job, made if it is a local folder that does not exist.
 
@@ -427,6 +444,10 @@ def open_output(spec: JobSpec) -> Store:
         UserError: If it cannot be reached or made.
     """
     return open_store(spec.output.url, spec.output.storage.options(), create=True)
+
+
+def _excluded(spec: JobSpec) -> list[re.Pattern[str]]:
+    return [compile_glob(pattern) for pattern in spec.input.exclude]
 
 
 def _without_outputs(store: Store, assets: Sequence[Asset]) -> list[Asset]:
@@ -465,8 +486,8 @@ def _refuse_double_paths(assets: Sequence[Asset]) -> None:
 
 def _calls(assets: Sequence[Asset]) -> Iterator[list[Asset]]:
     """What to probe in one call: a few files, or one tar, which has many."""
-    for is_tar, group in itertools.groupby(assets, lambda asset: asset.kind == "tar"):
-        yield from _chunks(group, 1 if is_tar else _PROBES_PER_CALL)
+    for alone, group in itertools.groupby(assets, lambda asset: asset.kind == "tar"):
+        yield from _chunks(group, 1 if alone else _PROBES_PER_CALL)
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:

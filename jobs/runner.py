@@ -19,13 +19,21 @@ from jobs.claim import OpenJob, claim_job, reopen_job
 from jobs.cluster import Cluster, check_cluster, connect
 from jobs.finish import collect_orphans, write_success
 from jobs.generations import History
-from jobs.lease import DriverState, Pulse, heartbeats, is_cancelled, mark_cancelled, take_lease
+from jobs.lease import (
+    HEARTBEAT_S,
+    DriverState,
+    Pulse,
+    heartbeats,
+    is_cancelled,
+    mark_cancelled,
+    take_lease,
+)
 from jobs.manifest import Manifest
 from jobs.plan import Plan
 from jobs.progress import Progress, say
 from jobs.spec import JobSpec, RaySection
 from jobs.stage_times import StageTimes, busy_line
-from pipeline.errors import JobError
+from pipeline.errors import JobError, StorageError
 from pipeline.layout import SHARDS_PER_RANGE, shard_of
 from pipeline.records import ShardReceipt
 from pipeline.storage import StorageOptions
@@ -131,6 +139,7 @@ class _Driver:
         self.busy: dict[str, float] = {}
         self._first_s = time.monotonic()
         self._interrupts = 0
+        self._is_over = threading.Event()
 
     def run(self) -> RunResult:
         """Plan if need be, annotate what is pending, and finish if nothing is."""
@@ -167,6 +176,7 @@ class _Driver:
         try:
             yield
         finally:
+            self._is_over.set()
             for name, handler in before.items():
                 signal.signal(name, handler)
 
@@ -180,7 +190,21 @@ class _Driver:
         if self._interrupts > 1 or self.state == "planning":
             raise KeyboardInterrupt
         say("Stopping: the shards in the model are finished first; once more stops at once.")
-        threading.Thread(target=mark_cancelled, args=(self.store, self.lease)).start()
+        threading.Thread(target=self._ask_to_drain, name="cancel", daemon=True).start()
+
+    def _ask_to_drain(self) -> None:
+        """Tell the stages, however long the store takes to hear of it."""
+        is_said = False
+        while not self._is_over.is_set():
+            try:
+                mark_cancelled(self.store, self.lease)
+            except StorageError as error:
+                if not is_said:
+                    say(f"The stages do not know yet that they are to stop: {error}; trying on.")
+                is_said = True
+                self._is_over.wait(HEARTBEAT_S)
+            else:
+                return
 
     def _stopping(self) -> bool:
         return self._interrupts > 0 or is_cancelled(self.store, self.lease)

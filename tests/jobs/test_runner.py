@@ -1,18 +1,36 @@
 """What a run checks before it starts Ray."""
 
 import dataclasses
+import signal
+import subprocess
+import threading
 
 import pyarrow as pa
 import pytest
 
 from jobs.claim import claim_job, load_weights, reopen_job
-from jobs.lease import Heartbeat, Pulse, beat, heartbeats, request_cancel, take_lease
+from jobs.lease import (
+    Heartbeat,
+    Pulse,
+    beat,
+    heartbeats,
+    is_cancelled,
+    request_cancel,
+    take_lease,
+)
 from jobs.manifest import Manifest
 from jobs.runner import _Driver, pending_parts
 from jobs.spec import check_spec
 from pipeline import graph
-from pipeline.errors import ConflictError, JobError, UserError
-from pipeline.layout import Generation
+from pipeline.errors import (
+    ConflictError,
+    JobError,
+    ObjectForbiddenError,
+    StoreUnavailableError,
+    UserError,
+)
+from pipeline.layout import Generation, heartbeat_key
+from pipeline.records import canonical_json
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY, make_job
@@ -141,3 +159,83 @@ def test_the_stages_write_where_the_driver_looks(spec, s3_server, s3_bucket_url,
     assert context.job_storage.endpoint_url == s3_server
     assert context.store().exists("job.json")
     assert context.archive_storage.endpoint_url == "http://127.0.0.1:9"
+
+
+def test_a_wrong_input_claims_nothing(spec, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden.jpg").touch()
+    (tmp_path / "empty" / "notes.txt").touch()
+    wrong = spec.input.model_copy(update={"url": str(tmp_path / "empty")})
+    with pytest.raises(UserError, match="no image, video or tar here"):
+        claim_job(spec.model_copy(update={"input": wrong}))
+    nothing = spec.input.model_copy(update={"exclude": ("**",)})
+    with pytest.raises(UserError, match="no image, video or tar here"):
+        claim_job(spec.model_copy(update={"input": nothing}))
+    assert list((tmp_path / "job").iterdir()) == []
+    # The right one finds the output free.
+    claim_job(spec)
+
+
+def test_the_first_ctrl_c_is_not_lost_on_a_store_that_fails(spec, monkeypatch, capsys):
+    monkeypatch.setattr("jobs.runner.HEARTBEAT_S", 0.01)
+    driver = _Driver(claim_job(spec), None)
+    driver.state = "running"
+    put, failures = driver.store.put, iter([True] * 3)
+
+    def fail(key, data):
+        if "cancel" in key and next(failures, False):
+            raise StoreUnavailableError("s3://b: SlowDown https://h/x?X-Amz-Signature=SECRET")
+        put(key, data)
+
+    monkeypatch.setattr(driver.store, "put", fail)
+    driver._on_signal(signal.SIGINT, None)
+    (thread,) = (item for item in threading.enumerate() if item.name == "cancel")
+    thread.join(10)
+    assert is_cancelled(driver.store, driver.lease)
+    said = capsys.readouterr().err
+    assert said.count("SlowDown") == 1
+    assert "SECRET" not in said
+
+
+def test_who_drains_no_more_lets_the_store_be(spec, monkeypatch):
+    monkeypatch.setattr("jobs.runner.HEARTBEAT_S", 600.0)
+    driver = _Driver(claim_job(spec), None)
+    driver.state = "running"
+
+    def fail(*_):
+        raise StoreUnavailableError("never again")
+
+    with driver.signals():
+        monkeypatch.setattr(driver.store, "put", fail)
+        driver._on_signal(signal.SIGINT, None)
+        (thread,) = (item for item in threading.enumerate() if item.name == "cancel")
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_process_of_a_machine_of_the_same_name_is_not_missed_here(tmp_path):
+    store = open_store(str(tmp_path / "job"), create=True)
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+    mine = dataclasses.replace(Heartbeat.now(1, "running"), pid=gone.pid)
+    assert mine.pids
+    for lease, pids in enumerate((mine.pids, "another:4026531836", ""), start=1):
+        beat(store, dataclasses.replace(mine, lease=lease, pids=pids))
+    # As an older version writes it.
+    key = heartbeat_key(4)
+    old = dataclasses.asdict(mine) | {"lease": 4}
+    del old["pids"]
+    store.put(key, canonical_json(old))
+    assert [item.is_alive for item in heartbeats(store)] == [False, True, False, False]
+
+
+def test_who_may_not_write_to_a_job_is_told_so_as_a_user(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path / "job"), create=True)
+
+    def refuse(*_):
+        raise ObjectForbiddenError("permission denied")
+
+    monkeypatch.setattr(store, "create", refuse)
+    monkeypatch.setattr("pipeline.storage.commit._pause", lambda _: None)
+    with pytest.raises(ObjectForbiddenError, match=r"^permission denied$"):
+        take_lease(store)
