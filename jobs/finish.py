@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.digests import fixed_digests
 from jobs.generations import Quarantined
-from jobs.plan import Plan
+from jobs.plan import Plan, is_part_key
 from pipeline.layout import Generation, attempt_of
 from pipeline.records import CommitRecord, canonical_json
 from pipeline.storage import Store, create_once
@@ -25,17 +25,25 @@ def collect_orphans(
     winners = {record.shard_id: record.attempt for record in records}
     named = {part.key for part in plan.parts}
     orphans = []
+    # Exact keys only: a folder in here may be a link to somewhere else.
     for item in store.list(generation.data_prefix):
         attempt = attempt_of(item.key)
-        if attempt and attempt[0] in winners and winners[attempt[0]] != attempt[1]:
+        if attempt is None or item.key != generation.data_key(*attempt):
+            continue
+        if attempt[0] in winners and winners[attempt[0]] != attempt[1]:
             orphans.append(item.key)
     orphans += [
         item.key
-        for item in store.list(generation.plan_key.rpartition("/")[0] + "/")
-        if item.key.endswith(".parquet") and item.key not in named
+        for item in store.list(plan_prefix(generation))
+        if is_part_key(generation, item.key) and item.key not in named
     ]
     store.delete(orphans)
     return len(orphans)
+
+
+def plan_prefix(generation: Generation) -> str:
+    """Folder of the plan."""
+    return generation.plan_key.rpartition("/")[0] + "/"
 
 
 def write_success(

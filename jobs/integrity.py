@@ -17,6 +17,7 @@ import xxhash
 from jobs.digests import fixed_digests
 from jobs.finish import summarise
 from jobs.generations import read_part
+from jobs.manifest import snapshot_keys
 from jobs.plan import Plan
 from jobs.record import OUTPUT_VERSION, JobRecord
 from pipeline.errors import (
@@ -305,10 +306,7 @@ def _metadata(store: Store, key: str, file: DataFile) -> dict[str, Any]:
 
 def _check_newest_snapshot(store: Store, generation: Generation, fault: Fault) -> None:
     """A damaged snapshot is passed over in silence by its readers; its name holds its hash."""
-    prefix = f"{MANIFEST_PREFIX}snapshot-{generation.number:04d}-"
-    keys = (item.key for item in store.list(MANIFEST_PREFIX))
-    newest = max((key for key in keys if key.startswith(prefix)), default="")
-    if newest:
+    for newest in snapshot_keys(store, generation)[-1:]:
         digest = hashlib.sha256(store.read(newest)).hexdigest()[:12]
         if not newest.endswith(f"-{digest}.parquet"):
             fault(f"{newest}: other content than its name says")

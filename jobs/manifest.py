@@ -6,6 +6,7 @@ sealed: their records go into one snapshot table and their folders are never lis
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,6 +24,7 @@ from pipeline.sinks.parquet import parse_parquet
 from pipeline.storage import Store
 
 _META = b"segformer3d-manifest"
+_SNAPSHOT = re.compile(rf"{MANIFEST_PREFIX}snapshot-(\d{{4,}})-\d{{6,}}-[0-9a-f]{{12}}\.parquet")
 _FILE = pa.struct([("path", pa.string()), ("size_bytes", pa.int64()), ("sha256", pa.string())])
 _QUARANTINED = pa.struct(
     [
@@ -170,9 +172,7 @@ def _complete_ranges(open_ids: Sequence[int], num_shards: int) -> frozenset[int]
 def _best_snapshot(
     store: Store, generation: Generation, plan_id: str
 ) -> tuple[frozenset[int], pa.Table]:
-    prefix = f"{MANIFEST_PREFIX}snapshot-{generation.number:04d}-"
-    keys = sorted(item.key for item in store.list(MANIFEST_PREFIX) if item.key.startswith(prefix))
-    for key in reversed(keys):
+    for key in reversed(snapshot_keys(store, generation)):
         data = store.read(key)
         # Before Parquet's reader sees it: damage need not make it unreadable.
         if not _is_whole(key, data):
@@ -192,6 +192,18 @@ def _best_snapshot(
     return frozenset(), SNAPSHOT_SCHEMA.empty_table()
 
 
+def snapshot_keys(store: Store, generation: Generation) -> list[str]:
+    """Keys of a generation's snapshots, the one that readers look at first last."""
+    keys = (item.key for item in store.list(MANIFEST_PREFIX))
+    return sorted(key for key in keys if _generation_of(key) == generation.number)
+
+
+def _generation_of(key: str) -> int | None:
+    """The generation of a snapshot; None for any other key, also of one below a folder in here."""
+    match = _SNAPSHOT.fullmatch(key)
+    return int(match[1]) if match else None
+
+
 def _write_snapshot(
     store: Store, generation: Generation, plan_id: str, ranges: frozenset[int], table: pa.Table
 ) -> None:
@@ -205,7 +217,9 @@ def _write_snapshot(
 
 def drop_damaged_snapshots(store: Store) -> list[str]:
     """Delete snapshots that are not what their names say; the records tell the same, slower."""
-    keys = [item.key for item in store.list(MANIFEST_PREFIX) if item.key.endswith(".parquet")]
+    keys = [
+        item.key for item in store.list(MANIFEST_PREFIX) if _generation_of(item.key) is not None
+    ]
     damaged = [
         key
         for key, data in store.read_many(keys)

@@ -385,6 +385,11 @@ def read_plan(store: Store, generation: Generation) -> Plan | None:
         raise JobError(message) from error
 
 
+def is_part_key(generation: Generation, key: str) -> bool:
+    """Whether a key is one that a planner of that generation may have given to a part."""
+    return key.startswith(generation.prefix) and _PART_KEY.fullmatch(key) is not None
+
+
 def make_plan(store: Store, generation: Generation, planner: Planner) -> Plan:
     """Plan and fix the plan; if another driver was faster, theirs counts."""
     name = uuid.uuid4().hex

@@ -122,8 +122,10 @@ class LocalStore(Store):
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
+            path = self._path(key)
             with suppress(ObjectNotFoundError), self._errors(key):
-                self._path(key).unlink()
+                self._refuse_strangers_links(path.parent)
+                path.unlink()
 
     def open_seekable(self, key: str) -> BinaryIO:
         with self._errors(key):
@@ -196,7 +198,7 @@ class LocalStore(Store):
         return iter(entries)
 
     def _refuse_strangers_links(self, folder: Path) -> None:
-        """Refuse to write where another user's link leads, who could not write there himself.
+        """Refuse to write or delete where another user's link leads, who could not do so himself.
 
         One's own links are followed, root's, and those of whoever owns the store's folder.
         """

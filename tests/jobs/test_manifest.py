@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jobs.finish import collect_orphans, write_success
-from jobs.manifest import Manifest
+from jobs.manifest import Manifest, drop_damaged_snapshots
 from jobs.runner import pending_parts
 from pipeline.errors import JobError
 from pipeline.layout import SHARDS_PER_RANGE, Generation
@@ -94,7 +94,7 @@ def test_a_stray_file_is_no_record(store, name):
 def test_a_damaged_snapshot_is_only_a_lost_cache(store):
     commit(store, range(3))
     load(store, 3).seal()
-    store.put("manifest/snapshot-0000-999999-junk.parquet", b"junk")
+    store.put(f"manifest/snapshot-0000-999999-{'f' * 12}.parquet", b"junk")
     assert load(store, 3).sealed_ranges == {0}
     for item in list(store.list("manifest/")):
         store.put(item.key, b"junk")
@@ -136,6 +136,30 @@ def test_only_losers_of_decided_shards_are_collected(tmp_path):
     assert [job.store.exists(key) for key in (loser, undecided, part)] == [False, True, False]
     assert job.store.exists(job.plan.parts[0].key)
     assert len(list(job.store.list(GENERATION.data_prefix))) == 2
+
+
+def test_nothing_is_collected_below_a_link(tmp_path):
+    """Not even below one's own: it may lead to another job."""
+    job = make_job(tmp_path)
+    job.publish([0])
+    manifest = Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    names = [
+        GENERATION.data_key(0, "f" * 32),
+        GENERATION.plan_part_key("d" * 32, 0),
+        f"manifest/snapshot-0000-000001-{'a' * 12}.parquet",
+        "table.parquet",
+    ]
+    theirs = {outside / name.rpartition("/")[2] for name in names}
+    for path in theirs:
+        path.write_bytes(b"somebody's")
+    (tmp_path / "job/manifest").mkdir()
+    for folder in ("gen-0000/data", "gen-0000/plan", "manifest"):
+        (tmp_path / "job" / folder / "link").symlink_to(outside)
+    assert collect_orphans(job.store, GENERATION, job.plan, list(manifest.records())) == 0
+    assert drop_damaged_snapshots(job.store) == []
+    assert set(outside.iterdir()) == theirs
 
 
 def test_success_is_the_same_whoever_writes_it(tmp_path):

@@ -180,6 +180,22 @@ def test_a_folder_s_link_that_a_stranger_placed_is_not_written_through(tmp_path,
     assert list(outside.iterdir()) == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's link")
+def test_nothing_is_deleted_through_a_stranger_s_link(tmp_path):
+    outside, output = tmp_path / "outside", tmp_path / "job"
+    outside.mkdir()
+    (outside / "x").write_bytes(b"somebody's")
+    output.mkdir()
+    placed_by(12345, output / "below", outside)
+    with pytest.raises(StorageError, match="a link that another user"):
+        open_store(str(output)).delete(["below/x"])
+    assert (outside / "x").exists()
+    placed_by(12345, output / "file", outside / "x")
+    open_store(str(output)).delete(["file"])
+    assert [path.name for path in output.iterdir()] == ["below"]
+    assert (outside / "x").exists()
+
+
 def test_one_s_own_link_is_written_through(tmp_path):
     """To keep the pictures on another disk, say."""
     outside, output = tmp_path / "outside", tmp_path / "job"
