@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from jobs.claim import reopen_job
+from jobs.claim import OpenJob, reopen_job
 from jobs.cluster import check_cluster
 from jobs.generations import (
     Frames,
@@ -27,6 +27,7 @@ from jobs.spec import RaySection
 from jobs.verify import Findings, verify_job
 from pipeline.commit import parse_commit
 from pipeline.errors import UserError
+from pipeline.layout import Generation
 from pipeline.records import ShardSpec
 from pipeline.sinks.png import write_png_tree
 from pipeline.storage import StorageOptions, Store, open_store
@@ -56,21 +57,29 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
         say(f"Deleted {key}, which was damaged; the records say the same.")
     num_plans = len(read_plans(store))
     findings = verify_job(url, storage)
-    if findings.bad_pngs:
-        _make_pngs(store, findings.bad_pngs)
-        if not findings.broken:
-            return verify_job(url, storage)
-    if not findings.broken:
+    if not findings.broken and not findings.bad_pngs:
         hint = "; go on with `segformer3d resume`" if findings.undecided else ""
         say(f"No shard is broken{hint}.")
         return findings
     _refuse_company(store)
-    check_cluster()
-    job = reopen_job(url, storage, ray)
-    history = History.load(store)
-    if len(history.views) != num_plans:
+    if len(read_plans(store)) != num_plans:
         say("Somebody else has added a generation meanwhile: verifying again.")
         return repair_job(url, storage, ray=ray)
+    next_one = Generation(num_plans)
+    if findings.broken:
+        check_cluster()
+        _do_anew(replace(reopen_job(url, storage, ray), generation=next_one), findings)
+        next_one = Generation(num_plans + 1)
+        findings = verify_job(url, storage)
+    if not findings.bad_pngs:
+        return findings
+    _make_pngs(store, findings.bad_pngs, newer=next_one)
+    return verify_job(url, storage)
+
+
+def _do_anew(job: OpenJob, findings: Findings) -> None:
+    """Replace what is broken, in the job's generation."""
+    history = History.load(job.store)
     # An unfinished job goes on in the new generation: its drivers would stop at what is broken.
     left = {(number, item) for number, ids in findings.undecided.items() for item in ids}
     replaced = findings.broken | left
@@ -79,7 +88,6 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
     drive(
         replace(
             job,
-            generation=history.next_generation,
             planner=lambda: Replanner(
                 job.spec,
                 wanted,
@@ -89,11 +97,13 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
             ),
         )
     )
-    return verify_job(url, storage)
 
 
-def _make_pngs(store: Store, bad: Mapping[str, tuple[int, int]]) -> None:
-    """Write these PNGs anew, each from the shard of the generation that decides it."""
+def _make_pngs(store: Store, bad: Mapping[str, tuple[int, int]], newer: Generation) -> None:
+    """Write these PNGs anew, each from the shard of the generation that decides it.
+
+    Once ``newer`` is planned none is deleted: it may be of that one.
+    """
     by_shard: dict[tuple[int, int], set[str]] = defaultdict(set)
     for key, shard in bad.items():
         by_shard[shard].add(key)
@@ -104,7 +114,8 @@ def _make_pngs(store: Store, bad: Mapping[str, tuple[int, int]]) -> None:
             record = store.read(generation.commit_key(shard_id))
             for file in parse_commit(record, plan.plan_id, shard_id).files:
                 rows = store.read(f"{generation.prefix}{file.path}")
-                progress.advance(write_png_tree(store, rows, anew=number > 0, only=keys))
+                done = write_png_tree(store, rows, anew=number > 0, newer=newer, only=keys)
+                progress.advance(done)
 
 
 def _refuse_company(store: Store) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from jobs.generations import hidden_shards, read_part, read_plans
+from jobs.generations import frames_of, hidden_shards, read_part, read_plans
 from jobs.integrity import check_generation, check_job, check_rows, with_errors
 from jobs.manifest import Manifest
 from jobs.plan import Plan, PlanDigest
@@ -18,7 +18,7 @@ from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
 from pipeline.pinned import DamagedError, read_pinned
 from pipeline.records import CommitRecord, DataFile, ShardSpec
 from pipeline.sinks.parquet import frame_id, parse_parquet
-from pipeline.sinks.png import compare_png_tree
+from pipeline.sinks.png import compare_png_tree, png_keys
 from pipeline.storage import StorageOptions, Store, open_store
 
 _MOST_NAMED = 1000
@@ -171,6 +171,7 @@ class _Generation:
             progress.advance(spec.num_frames)
             if spec.shard_id in self.hidden:
                 continue
+            self._void_older_pngs(spec)
             record = records.get(spec.shard_id)
             if record is not None:
                 self._check_shard(spec, record, has_pngs=spec.shard_id in with_pngs)
@@ -302,11 +303,19 @@ class _Generation:
     def _compare_pngs(self, shard_id: int, data: bytes) -> None:
         anew = self.generation.number > 0
         for key, is_right in compare_png_tree(self.store, data, anew=anew):
-            if is_right:
-                # What an older generation said of the same frame does not count any more.
-                self.findings.bad_pngs.pop(key, None)
-            else:
+            if not is_right:
                 self.findings.bad_pngs[key] = self.generation.number, shard_id
+
+    def _void_older_pngs(self, spec: ShardSpec) -> None:
+        """What an older generation says of a frame's PNGs does not count any more.
+
+        Nor does it while this one has not made them: then they may be of either, or half of each.
+        """
+        if not self.findings.bad_pngs:
+            return
+        for asset, index in frames_of([spec]):
+            for key in png_keys(asset, index):
+                self.findings.bad_pngs.pop(key, None)
 
     def _compare(self, shard_id: int, planned: list[str], held: list[str]) -> None:
         wanted, found = Counter(planned), Counter(held)

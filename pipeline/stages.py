@@ -304,7 +304,7 @@ class PublishShard:
 
 def make_pngs(store: Store, layout: Generation, shard_id: int, data: bytes) -> None:
     """Make a shard's PNGs of its winning data, and note that; repeating it is harmless."""
-    write_png_tree(store, data, anew=layout.number > 0)
+    write_png_tree(store, data, anew=layout.number > 0, newer=Generation(layout.number + 1))
     store.put(layout.png_done_key(shard_id), b"")
 
 

@@ -3,7 +3,7 @@
 It is made after the commit, from the winning Parquet object, so that writing it again is harmless.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.encode import (
     resize_depth_codes,
 )
 from pipeline.errors import ObjectNotFoundError, StorageError
-from pipeline.layout import PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX, png_stem
+from pipeline.layout import PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX, Generation, png_stem
 from pipeline.records import UInt8Array, UInt16Array
 from pipeline.sinks.parquet import read_rows
 from pipeline.storage import Store
@@ -27,7 +27,7 @@ _COLUMNS = ["asset", "frame_index", "pts_s", "width", "height", "status", "class
 
 
 def write_png_tree(
-    store: Store, data: bytes, *, anew: bool, only: Container[str] | None = None
+    store: Store, data: bytes, *, anew: bool, newer: Generation, only: Container[str] | None = None
 ) -> int:
     """Write the PNGs of every good row of a shard.
 
@@ -36,6 +36,8 @@ def write_png_tree(
         data: Bytes of the shard's winning Parquet object.
         anew: Whether an older generation may have made PNGs of its frames: those of frames that
             are errors now are deleted.
+        newer: A generation that may decide such frames otherwise: none is deleted once it is
+            planned.
         only: Keys to see to; all unless told.
 
     Returns:
@@ -51,6 +53,12 @@ def write_png_tree(
         else:
             store.put(key, png)
             written += 1
+    # Looked at last: a newer generation writes PNGs only after its plan is there, so whatever lies
+    # there now is no newer one's. What comes within the moment until the deletion may be lost to
+    # it, and only if a whole shard was planned, annotated and published in that moment, as markers
+    # are written after this and a retry waits for all of them. `verify` would tell.
+    if not stale or store.exists(newer.plan_key):
+        return written
     store.delete(stale)
     return written + len(stale)
 
@@ -91,10 +99,17 @@ def _pngs(data: bytes, *, anew: bool) -> Iterator[tuple[str, bytes | None]]:
                 yield f"{stem}{suffix}", encode_png(picture)
         elif anew and index >= 0:
             # A file that is gone does not say any more which of the two it was.
-            for is_video in (False, True) if row["pts_s"] is None else (True,):
-                stem = png_stem(asset, index, is_video=is_video)
-                for suffix in (*PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX):
-                    yield f"{stem}{suffix}", None
+            kinds = (False, True) if row["pts_s"] is None else (True,)
+            yield from dict.fromkeys(png_keys(asset, index, kinds)).items()
+
+
+def png_keys(
+    asset: str, frame_index: int, are_videos: Iterable[bool] = (False, True)
+) -> Iterator[str]:
+    """Keys of all PNGs that a frame may have, if its asset is an image, a video, or either."""
+    for is_video in are_videos:
+        stem = png_stem(asset, frame_index, is_video=is_video)
+        yield from (f"{stem}{suffix}" for suffix in (*PNG_CLASS_SUFFIXES, PNG_DEPTH_SUFFIX))
 
 
 def _pictures(row: dict[str, Any]) -> dict[str, UInt8Array | UInt16Array]:

@@ -12,9 +12,10 @@ from jobs.job_dataset import JobDataset
 from jobs.lease import Heartbeat, beat, take_lease
 from jobs.runner import resume_job
 from jobs.status import job_status
-from jobs.verify import verify_job
+from jobs.verify import _Generation, verify_job
 from pipeline.decode import probe_assets
-from pipeline.layout import Generation
+from pipeline.layout import Generation, attempt_of
+from pipeline.stages import make_pngs
 from pipeline.storage import StorageOptions, open_store
 from tests.jobs.job_parts import TINY
 from tests.jobs.local_graph import without_ray
@@ -435,6 +436,74 @@ def test_a_frame_that_a_repair_finds_gone_has_no_pngs_any_more(call, job, archiv
     code, said = call("verify", job.url, "--repair", "--json")
     assert (code, said["complete"], len(read_plans(job))) == (0, True, 2)
     assert {item.key for item in job.list("png/")} == after
+
+
+COLOR = "png/cut.jpg_color.png"
+
+
+@pytest.fixture
+def retried(call, job, archive):
+    """A job whose second generation says that a frame is an error, its third that it is not."""
+    call("retry", job.url, "--only", "truncated")
+    (archive / "cut.jpg").write_bytes(still(7))
+    call("retry", job.url, "--only", "truncated")
+    assert [plan.num_frames for _, plan in read_plans(job)] == [19, 2, 2]
+    assert verify_job(job.url, StorageOptions()).is_complete
+    return job
+
+
+def test_an_older_generation_deletes_no_png_of_a_newer(call, retried):
+    """Neither a driver that misses its markers nor a publisher that slept for long."""
+    assert retried.exists(COLOR)
+    for item in list(retried.list(SECOND.png_done_prefix)):
+        retried.delete([item.key])
+    assert call("resume", retried.url)[0] == 3
+    for item in list(retried.list(SECOND.data_prefix)):
+        make_pngs(retried, SECOND, attempt_of(item.key)[0], retried.read(item.key))
+    assert retried.exists(COLOR)
+    assert verify_job(retried.url, StorageOptions()).is_complete
+
+
+def test_a_repair_deletes_no_png_of_a_retry_that_came_meanwhile(call, job, archive, monkeypatch):
+    call("retry", job.url, "--only", "truncated")
+    (archive / "cut.jpg").write_bytes(still(7))
+    check = _Generation.check
+
+    def retry_first(self, progress):
+        if len(read_plans(job)) == 2:
+            retry.retry_job(job.url, StorageOptions(), only=["truncated"])
+        check(self, progress)
+
+    monkeypatch.setattr(_Generation, "check", retry_first)
+    code, said = call("verify", job.url, "--repair", "--json")
+    assert (code, said["complete"]) == (0, True)
+    assert job.exists(COLOR)
+
+
+def test_pngs_that_a_newer_generation_has_yet_to_make_are_no_fault(call, job, archive, monkeypatch):
+    call("retry", job.url, "--only", "truncated")
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("pipeline.graph.run_graph", fail)
+        assert call("retry", job.url, "--only", "truncated")[0] == 130
+    job.put(COLOR, job.read("png/1.jpg_color.png"))
+    found = verify_job(job.url, StorageOptions())
+    assert (found.faults, list(found.undecided)) == ([], [2])
+
+
+def test_a_repair_deletes_what_an_older_generation_left(call, job, archive):
+    (archive / "0.jpg").unlink()
+    job.delete([item.key for item in job.list(FIRST.data_prefix)])
+    assert call("verify", job.url, "--repair")[0] == 0
+    assert call("retry", job.url, "--only", "truncated")[0] == 3
+    stale = "png/0.jpg_color.png"
+    job.put(stale, job.read("png/1.jpg_color.png"))
+    assert list(verify_job(job.url, StorageOptions()).bad_pngs) == [stale]
+    assert call("verify", job.url, "--repair")[0] == 0
+    assert not job.exists(stale)
 
 
 def test_a_retry_leaves_no_pngs_behind(call, job):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.encode import decode_class_ids, decode_depth, resize_class_ids, resize_depth_codes
+from pipeline.layout import Generation
 from pipeline.sinks.parquet import SCHEMA, encode_shard, frame_id, parse_parquet, read_rows
 from pipeline.sinks.png import write_png_tree
 from pipeline.storage import open_store
@@ -127,7 +128,8 @@ def test_an_empty_reading_is_no_parquet():
 
 def test_png_tree(tmp_path, shard):
     store = open_store(str(tmp_path / "job"), create=True)
-    assert write_png_tree(store, encode_shard(shard, {}), anew=False) == 6
+    newer = Generation(1)
+    assert write_png_tree(store, encode_shard(shard, {}), anew=False, newer=newer) == 6
     folder = tmp_path / "job/png/drive/a.mp4"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         f"{index:06d}{suffix}"
@@ -141,6 +143,19 @@ def test_png_tree(tmp_path, shard):
     assert (depth.shape, depth.dtype) == ((64, 96), np.uint16)
     assert color.shape == (64, 96, 3)
     assert np.array_equal(ids, shard.class_ids[1])
+
+
+def test_an_error_s_pngs_are_deleted_unless_a_newer_generation_is_planned(tmp_path, shard):
+    store = open_store(str(tmp_path / "job"), create=True)
+    stale = "png/drive/a.mp4/000001_color.png"
+    store.put(stale, b"older")
+    newer = Generation(2)
+    store.put(newer.plan_key, b"{}")
+    write_png_tree(store, encode_shard(shard, {}), anew=True, newer=newer)
+    assert store.exists(stale)
+    store.delete([newer.plan_key])
+    write_png_tree(store, encode_shard(shard, {}), anew=True, newer=newer)
+    assert not store.exists(stale)
 
 
 def test_class_ids_are_never_mixed():

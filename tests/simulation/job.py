@@ -745,8 +745,9 @@ def _run_png_graph(
         yield ShardReceipt(shard_id=shard_id, won=False, num_rows=0, num_ok=0, size_bytes=0)
 
 
-def _write_pngs(store: Store, data: bytes, *, anew: bool) -> None:
+def _write_pngs(store: Store, data: bytes, *, anew: bool, newer: Generation) -> None:
     assert not anew
+    assert newer.number == 1
     shard_id = int(data.split(b",")[0].removeprefix(b"shard "))
     store.put(f"{PNG_PREFIX}{shard_id}", data)
 
