@@ -345,7 +345,9 @@ class _Driver:
             num_computed=self.num_computed,
             busy={name: round(share, 4) for name, share in self.busy.items()},
         )
-        collect_orphans(self.store, self.generation, view.plan, view.records)
+        for item in history.views:
+            # Losers of older generations too: a driver may have died before it deleted its own.
+            collect_orphans(self.store, item.generation, item.plan, item.records)
         if not view.is_complete or self._missing_pngs(history):
             if self._stopping():
                 return result
