@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,6 @@ import xxhash
 from jobs.digests import fixed_digests
 from jobs.finish import summarise
 from jobs.generations import read_part
-from jobs.manifest import snapshot_keys
 from jobs.plan import Plan
 from jobs.record import OUTPUT_VERSION, JobRecord
 from pipeline.errors import (
@@ -30,9 +29,7 @@ from pipeline.errors import (
 )
 from pipeline.layout import (
     JOB_KEY,
-    MANIFEST_PREFIX,
     Generation,
-    attempt_of,
     shard_of,
 )
 from pipeline.records import CommitRecord, DataFile, ShardSpec, canonical_json
@@ -40,7 +37,14 @@ from pipeline.sinks.parquet import METADATA_KEY, parse_parquet
 from pipeline.storage import Store
 from segformer3d.labels import CLASSES
 
-Fault = Callable[[str], None]
+
+class Fault(Protocol):
+    """Takes what is wrong; ``unread`` if an object could not be read, which says nothing of it."""
+
+    def __call__(self, message: str, *, unread: bool = False) -> None:
+        """Take one line."""
+
+
 Broken = Callable[[int, str], None]
 
 _ROW_COLUMNS = ["asset", "frame_index", "status", "error_kind", "error"]
@@ -61,6 +65,7 @@ def check_generation(
     plan: Plan,
     records: Mapping[int, CommitRecord],
     job: JobRecord,
+    success: bytes | None,
     fault: Fault,
     broken: Broken,
     *,
@@ -74,6 +79,7 @@ def check_generation(
         plan: Its plan.
         records: Its commit records, by shard.
         job: What ``job.json`` says.
+        success: Its success marker, read before the records were; None if there was none.
         fault: Takes what is wrong.
         broken: Takes a shard and what is wrong, where doing the shard anew mends it.
         hidden: Shards that a repair has replaced, which nobody reads any more.
@@ -91,18 +97,22 @@ def check_generation(
         fault,
     )
     with_errors(generation.plan_key, check_plan, fault)
-    _check_records(store, generation, records, hidden, fault, broken)
+    with_errors(
+        generation.commit_prefix,
+        lambda: _check_records(store, generation, records, hidden, broken),
+        fault,
+    )
     with_errors(
         generation.data_prefix,
         lambda: _check_description(store, generation, plan, records, job, fault),
         fault,
     )
-    with_errors(MANIFEST_PREFIX, lambda: _check_newest_snapshot(store, generation, fault), fault)
-    with_errors(
-        generation.success_key,
-        lambda: _check_success(store, generation, plan, records, hidden, fault),
-        fault,
-    )
+    if success is not None:
+        with_errors(
+            generation.success_key,
+            lambda: _check_success(store, generation, plan, records, hidden, success, fault),
+            fault,
+        )
 
 
 def check_rows(key: str, data: bytes, record: CommitRecord, fault: Fault) -> None:
@@ -131,6 +141,8 @@ def with_errors(key: str, check: Callable[[], None], fault: Fault) -> None:
         check()
     except ObjectNotFoundError:
         fault(f"{key}: missing")
+    except StorageError as error:
+        fault(f"{key}: cannot be read: {error}", unread=True)
     except (Segformer3dError, pa.ArrowException, *DAMAGE) as error:
         fault(f"{key}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
 
@@ -237,24 +249,14 @@ def _check_records(
     generation: Generation,
     records: Mapping[int, CommitRecord],
     hidden: frozenset[int],
-    fault: Fault,
     broken: Broken,
 ) -> None:
-    for shard_id, record in records.items():
-        for file in record.files:
-            if attempt_of(f"{generation.prefix}{file.path}") != (shard_id, record.attempt):
-                key = generation.commit_key(shard_id)
-                broken(shard_id, f"{key}: names data that is not its attempt's")
-
-    def check() -> None:
-        for item in store.list(generation.commit_prefix):
-            shard_id = shard_of(item.key)
-            if shard_id is None or shard_id in hidden or shard_id not in records:
-                continue
-            if item.size_bytes != len(records[shard_id].to_json()):
-                broken(shard_id, f"{item.key}: not in the form in which it was written")
-
-    with_errors(generation.commit_prefix, check, fault)
+    for item in store.list(generation.commit_prefix):
+        shard_id = shard_of(item.key)
+        if shard_id is None or shard_id in hidden or shard_id not in records:
+            continue
+        if item.size_bytes != len(records[shard_id].to_json()):
+            broken(shard_id, f"{item.key}: not in the form in which it was written")
 
 
 def _check_description(
@@ -304,26 +306,16 @@ def _metadata(store: Store, key: str, file: DataFile) -> dict[str, Any]:
     return dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
 
 
-def _check_newest_snapshot(store: Store, generation: Generation, fault: Fault) -> None:
-    """A damaged snapshot is passed over in silence by its readers; its name holds its hash."""
-    for newest in snapshot_keys(store, generation)[-1:]:
-        digest = hashlib.sha256(store.read(newest)).hexdigest()[:12]
-        if not newest.endswith(f"-{digest}.parquet"):
-            fault(f"{newest}: other content than its name says")
-
-
 def _check_success(
     store: Store,
     generation: Generation,
     plan: Plan,
     records: Mapping[int, CommitRecord],
     hidden: frozenset[int],
+    data: bytes,
     fault: Fault,
 ) -> None:
     key = generation.success_key
-    if store.head(key) is None:
-        return
-    data = store.read(key)
     _check_form(key, data, fault)
     said = json.loads(data)
     found = summarise(plan, records.values())

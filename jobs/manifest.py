@@ -7,7 +7,7 @@ sealed: their records go into one snapshot table and their folders are never lis
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import parse_commit
-from pipeline.errors import DAMAGE, JobError, StorageError
+from pipeline.errors import DAMAGE, JobError, StorageError, one_line
 from pipeline.layout import MANIFEST_PREFIX, SHARDS_PER_RANGE, Generation, shard_of
+from pipeline.pinned import DamagedError
 from pipeline.records import CommitRecord, DataFile
 from pipeline.sinks.parquet import parse_parquet
 from pipeline.storage import Store
@@ -78,7 +79,7 @@ class Manifest:
             JobError: If a record lies outside the plan.
             StorageError: If the store cannot be listed.
         """
-        sealed_ranges, sealed = _best_snapshot(store, generation, plan_id)
+        sealed_ranges, sealed = best_snapshot(store, generation, plan_id, num_shards)
         open_ids: set[int] = set()
         for range_id in range(_num_ranges(num_shards)):
             if range_id in sealed_ranges:
@@ -128,9 +129,7 @@ class Manifest:
             JobError: If a record is malformed or foreign.
             StorageError: If one cannot be read.
         """
-        for row in self.sealed.to_batches():
-            kept = (item for item in row.to_pylist() if item["shard_id"] not in without)
-            yield from (_record(item, self.plan_id) for item in kept)
+        yield from sealed_records(self.sealed, self.plan_id, without)
         yield from self._read([item for item in self.open_ids if item not in without])
 
     def seal(self) -> Self:
@@ -169,30 +168,72 @@ def _complete_ranges(open_ids: Sequence[int], num_shards: int) -> frozenset[int]
     return frozenset(np.flatnonzero((counts == sizes) & (counts > 0)).tolist())
 
 
-def _best_snapshot(
-    store: Store, generation: Generation, plan_id: str
+def best_snapshot(
+    store: Store,
+    generation: Generation,
+    plan_id: str,
+    num_shards: int,
+    on_damage: Callable[[str], None] = lambda _: None,
 ) -> tuple[frozenset[int], pa.Table]:
-    for key in reversed(snapshot_keys(store, generation)):
-        data = store.read(key)
-        # Before Parquet's reader sees it: damage need not make it unreadable.
-        if not _is_whole(key, data):
-            continue
+    """The snapshot that readers go by: its ranges, and their records as ``SNAPSHOT_SCHEMA``.
+
+    A damaged one is passed over, as it only says again what the records say; ``on_damage`` is told.
+
+    Raises:
+        JobError: If it belongs to another plan.
+        StorageError: If it cannot be read.
+    """
+    for key in reversed(_snapshot_keys(store, generation)):
         try:
-            table = parse_parquet(data)
-            meta = json.loads(table.schema.metadata[_META])
-            ranges, owner = frozenset(int(item) for item in meta["ranges"]), meta["plan_id"]
-            table = table.replace_schema_metadata(None).cast(SNAPSHOT_SCHEMA)
-        except (pa.ArrowException, *DAMAGE):
-            # Only a cache of the records: an older one does, or none.
-            continue
-        if owner != plan_id:
-            message = f"{key} belongs to another plan; run `verify`"
-            raise JobError(message)
-        return ranges, table
+            return _parse_snapshot(key, store.read(key), plan_id, num_shards)
+        except DamagedError as error:
+            on_damage(str(error))
     return frozenset(), SNAPSHOT_SCHEMA.empty_table()
 
 
-def snapshot_keys(store: Store, generation: Generation) -> list[str]:
+def sealed_records(
+    sealed: pa.Table, plan_id: str, without: Collection[int] = ()
+) -> Iterator[CommitRecord]:
+    """The records in a snapshot's table, but those of some shards."""
+    for rows in sealed.to_batches():
+        kept = (item for item in rows.to_pylist() if item["shard_id"] not in without)
+        yield from (_record(item, plan_id) for item in kept)
+
+
+def _parse_snapshot(
+    key: str, data: bytes, plan_id: str, num_shards: int
+) -> tuple[frozenset[int], pa.Table]:
+    # Before Parquet's reader sees it: damage need not make it unreadable.
+    if not key.endswith(f"-{_digest(data)}.parquet"):
+        raise DamagedError(f"{key}: other content than its name says")
+    try:
+        table = parse_parquet(data)
+        meta = json.loads(table.schema.metadata[_META])
+        ranges, owner = frozenset(int(item) for item in meta["ranges"]), meta["plan_id"]
+        table = table.replace_schema_metadata(None).cast(SNAPSHOT_SCHEMA)
+    except (pa.ArrowException, *DAMAGE) as error:
+        raise DamagedError(f"{key}: no snapshot: {one_line(str(error))}") from error
+    if owner != plan_id:
+        message = f"{key} belongs to another plan; run `verify`"
+        raise JobError(message)
+    if not _holds_exactly(table, ranges, num_shards):
+        raise DamagedError(f"{key}: holds other shards than those of its ranges")
+    return ranges, table
+
+
+def _holds_exactly(table: pa.Table, ranges: frozenset[int], num_shards: int) -> bool:
+    """Whether a snapshot has one record, and no more, of every shard of its ranges."""
+    if not all(0 <= item < _num_ranges(num_shards) for item in ranges):
+        return False
+    if any(column.null_count for column in table.columns):
+        return False
+    starts = np.array(sorted(ranges), np.int64)[:, None] * SHARDS_PER_RANGE
+    expected = (starts + np.arange(SHARDS_PER_RANGE)).ravel()
+    held = np.sort(table["shard_id"].to_numpy())
+    return np.array_equal(held, expected[expected < num_shards])
+
+
+def _snapshot_keys(store: Store, generation: Generation) -> list[str]:
     """Keys of a generation's snapshots, the one that readers look at first last."""
     keys = (item.key for item in store.list(MANIFEST_PREFIX))
     return sorted(key for key in keys if _generation_of(key) == generation.number)
@@ -215,22 +256,32 @@ def _write_snapshot(
     store.put(f"{MANIFEST_PREFIX}{name}", data)
 
 
-def drop_damaged_snapshots(store: Store) -> list[str]:
-    """Delete snapshots that are not what their names say; the records tell the same, slower."""
-    keys = [
-        item.key for item in store.list(MANIFEST_PREFIX) if _generation_of(item.key) is not None
-    ]
+def drop_damaged_snapshots(
+    store: Store, generation: Generation, plan_id: str, num_shards: int
+) -> list[str]:
+    """Delete the snapshots of a generation that nobody goes by; the records tell the same, slower.
+
+    Returns:
+        Their keys.
+    """
     damaged = [
         key
-        for key, data in store.read_many(keys)
-        if not isinstance(data, StorageError) and not _is_whole(key, data)
+        for key, data in store.read_many(_snapshot_keys(store, generation))
+        if not isinstance(data, StorageError) and _is_damaged(key, data, plan_id, num_shards)
     ]
     store.delete(damaged)
     return damaged
 
 
-def _is_whole(key: str, data: bytes) -> bool:
-    return key.endswith(f"-{_digest(data)}.parquet")
+def _is_damaged(key: str, data: bytes, plan_id: str, num_shards: int) -> bool:
+    try:
+        _parse_snapshot(key, data, plan_id, num_shards)
+    except DamagedError:
+        return True
+    except JobError:
+        # Another plan's is for a person to look at.
+        return False
+    return False
 
 
 def _digest(data: bytes) -> str:

@@ -4,11 +4,12 @@ Nothing is deleted but damaged snapshots, which only save time.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from jobs.claim import OpenJob, reopen_job
 from jobs.cluster import check_cluster
+from jobs.findings import Findings
 from jobs.generations import (
     Frames,
     GenerationView,
@@ -24,9 +25,9 @@ from jobs.progress import Progress, say
 from jobs.replan import Replanner
 from jobs.runner import drive
 from jobs.spec import RaySection
-from jobs.verify import Findings, verify_job
+from jobs.verify import verify_job
 from pipeline.commit import parse_commit
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.layout import Generation
 from pipeline.records import ShardSpec
 from pipeline.sinks.png import write_png_tree
@@ -50,28 +51,36 @@ def repair_job(url: str, storage: StorageOptions, *, ray: RaySection | None = No
 
     Raises:
         UserError: If there is no job, no plan yet, or a driver that is still at work.
-        JobError: If a broken shard's plan cannot be read, or the run had to stop.
+        JobError: If an object of the job cannot be read, or the run had to stop.
     """
     store = open_store(url, storage)
-    for key in drop_damaged_snapshots(store):
-        say(f"Deleted {key}, which was damaged; the records say the same.")
-    num_plans = len(read_plans(store))
+    plans = read_plans(store)
+    for generation, plan in plans:
+        for key in drop_damaged_snapshots(store, generation, plan.plan_id, plan.num_shards):
+            say(f"Deleted {key}, which was damaged; the records say the same.")
     findings = verify_job(url, storage)
+    if findings.unread:
+        message = (
+            f"{store.url}: nothing was done: what cannot be read may be sound, so repair again"
+            f" once it can be ({findings.unread[0]})"
+        )
+        raise JobError(message)
     if not findings.broken and not findings.bad_pngs:
-        hint = "; go on with `segformer3d resume`" if findings.undecided else ""
+        is_left = findings.undecided or findings.num_without_pngs or not findings.is_finished
+        hint = "; go on with `segformer3d resume`" if is_left else ""
         say(f"No shard is broken{hint}.")
         return findings
     _refuse_company(store)
-    if len(read_plans(store)) != num_plans:
+    if len(read_plans(store)) != len(plans):
         say("Somebody else has added a generation meanwhile: verifying again.")
         return repair_job(url, storage, ray=ray)
-    next_one = Generation(num_plans)
+    next_one = Generation(len(plans))
     if findings.broken:
         check_cluster()
         _do_anew(replace(reopen_job(url, storage, ray), generation=next_one), findings)
-        next_one = Generation(num_plans + 1)
+        next_one = Generation(len(plans) + 1)
         findings = verify_job(url, storage)
-    if not findings.bad_pngs:
+    if findings.unread or not findings.bad_pngs:
         return findings
     _make_pngs(store, findings.bad_pngs, newer=next_one)
     return verify_job(url, storage)
@@ -81,7 +90,7 @@ def _do_anew(job: OpenJob, findings: Findings) -> None:
     """Replace what is broken, in the job's generation."""
     history = History.load(job.store)
     # An unfinished job goes on in the new generation: its drivers would stop at what is broken.
-    left = {(number, item) for number, ids in findings.undecided.items() for item in ids}
+    left = set(_still_undecided(history, findings.undecided))
     replaced = findings.broken | left
     wanted = _frames_of(history, replaced)
     say(f"Doing {len(replaced)} shards anew.")
@@ -97,6 +106,15 @@ def _do_anew(job: OpenJob, findings: Findings) -> None:
             ),
         )
     )
+
+
+def _still_undecided(
+    history: History, undecided: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, int]]:
+    """``(generation, shard_id)`` of what nobody has decided since it was looked at."""
+    for view in history.views:
+        number, done = view.generation.number, view.manifest.done()
+        yield from ((number, item) for item in undecided.get(number, ()) if not done[item])
 
 
 def _make_pngs(store: Store, bad: Mapping[str, tuple[int, int]], newer: Generation) -> None:

@@ -3,91 +3,29 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
 
-from jobs.generations import frames_of, hidden_shards, read_part, read_plans
+from jobs.findings import MOST_NAMED, Findings
+from jobs.finish import plan_prefix
+from jobs.generations import hidden_shards, read_part, read_plans
 from jobs.integrity import check_generation, check_job, check_rows, with_errors
-from jobs.manifest import Manifest
-from jobs.plan import Plan, PlanDigest
+from jobs.manifest import best_snapshot, sealed_records
+from jobs.plan import Plan, PlanDigest, is_part_key
+from jobs.png_tree import PngTree
 from jobs.progress import Progress
 from jobs.record import JobRecord, read_job
 from pipeline.commit import parse_commit
 from pipeline.errors import JobError, ObjectNotFoundError, StorageError, UserError
-from pipeline.layout import MANIFEST_PREFIX, Generation, attempt_of, shard_of
+from pipeline.layout import MANIFEST_PREFIX, PNG_PREFIX, Generation, attempt_of, shard_of
 from pipeline.pinned import DamagedError, read_pinned
 from pipeline.records import CommitRecord, DataFile, ShardSpec
 from pipeline.sinks.parquet import frame_id, parse_parquet
-from pipeline.sinks.png import compare_png_tree, png_keys
 from pipeline.storage import StorageOptions, Store, open_store
 
-_MOST_NAMED = 1000
 _GENERATION = re.compile(r"gen-(\d{4,})/?")
-
-
-@dataclass
-class Findings:
-    """What ``verify`` found.
-
-    Attributes:
-        url: The job's URI.
-        num_shards: Shards of all generations, but for those that a repair replaced.
-        num_decided: Those with a commit record.
-        num_frames: Planned frames of the decided shards.
-        num_rows: Rows found for them.
-        undecided: Ids of those without one, by generation; no fault while the job is unfinished.
-        orphans: Data objects that no record names; harmless, a resume collects them.
-        replaced: Shards that a repair replaced; nobody reads them any more.
-        broken: ``(generation, shard_id)`` of what a repair has to do anew.
-        bad_pngs: Keys of PNGs that are missing or show other things than the data, with the
-            ``(generation, shard_id)`` that they are made from.
-        faults: One line each; the first thousand.
-        num_faults: All of them.
-    """
-
-    url: str
-    num_shards: int = 0
-    num_decided: int = 0
-    num_frames: int = 0
-    num_rows: int = 0
-    undecided: dict[int, list[int]] = field(default_factory=dict)
-    orphans: list[str] = field(default_factory=list)
-    replaced: int = 0
-    broken: set[tuple[int, int]] = field(default_factory=set)
-    bad_pngs: dict[str, tuple[int, int]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    num_faults: int = 0
-
-    def fault(self, message: str) -> None:
-        """Note one."""
-        self.num_faults += 1
-        if len(self.faults) < _MOST_NAMED:
-            self.faults.append(message)
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether nothing is wrong with what is there."""
-        return self.num_faults == 0
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is missing either."""
-        return self.is_sound and not self.undecided
-
-    def text(self) -> str:
-        """A few lines for a person."""
-        verdict = "sound and complete" if self.is_complete else "sound, unfinished"
-        lines = [
-            f"{self.url}: {verdict if self.is_sound else 'NOT SOUND'}",
-            f"{self.num_decided} of {self.num_shards} shards decided, {self.num_rows} rows of"
-            f" {self.num_frames} planned in them, {len(self.orphans)} orphans",
-        ]
-        if self.replaced:
-            lines.append(f"{self.replaced} shards were broken once and are replaced")
-        lines += self.faults
-        if self.num_faults > len(self.faults):
-            lines.append(f"and {self.num_faults - len(self.faults)} more")
-        return "\n".join(lines)
 
 
 def verify_job(url: str, storage: StorageOptions) -> Findings:
@@ -108,7 +46,9 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
         raise UserError(message)
     hidden = hidden_shards(plans)
     findings = Findings(url=store.url, replaced=sum(map(len, hidden)))
-    is_finished = store.exists(plans[-1][0].success_key)
+    pngs = PngTree(store, findings.bad_pngs)
+    newest = plans[-1][0]
+    is_finished = store.exists(newest.success_key)
     with Progress("verifying", sum(plan.num_frames for _, plan in plans)) as progress:
         for generation, plan in plans:
             checked = _Generation(
@@ -117,16 +57,30 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
                 generation=generation,
                 plan=plan,
                 hidden=hidden[generation.number],
-                is_newest=generation == plans[-1][0],
-                is_finished=is_finished or store.exists(generation.success_key),
+                is_newest=generation == newest,
+                is_finished=is_finished,
                 findings=findings,
+                pngs=pngs,
             )
             checked.check(progress)
     for key, (_, shard_id) in sorted(findings.bad_pngs.items()):
         findings.fault(f"{key}: missing, or not what the data of shard {shard_id} shows")
+    if is_finished and pngs.num_compared == findings.num_shards:
+        with_errors(PNG_PREFIX, lambda: _check_tree(pngs, len(plans), findings), findings.fault)
     _check_folders(store, len(plans), findings)
     check_job(store, job, findings.fault)
+    # Once more: it may have been finished meanwhile.
+    findings.is_finished = is_finished or store.exists(newest.success_key)
     return findings
+
+
+def _check_tree(pngs: PngTree, num_plans: int, findings: Findings) -> None:
+    """Whoever reads pictures by their names would take a foreign one for the job's."""
+    foreign = list(islice(pngs.foreign(), MOST_NAMED))
+    # Looked at after that: what is foreign now may be of a generation that was planned since.
+    if not pngs.store.exists(Generation(num_plans).plan_key):
+        for key in foreign:
+            findings.fault(f"{key}: foreign object among the PNGs")
 
 
 def _check_folders(store: Store, num_plans: int, findings: Findings) -> None:
@@ -154,13 +108,16 @@ class _Generation:
     is_newest: bool
     is_finished: bool
     findings: Findings
+    pngs: PngTree
     unreadable: set[int] = field(default_factory=set)
 
     def check(self, progress: Progress) -> None:
         """Check everything."""
         findings, number = self.findings, self.generation.number
+        # In this order: while a driver is at work there can only be more records than they say.
+        success, sealed = self._success(), self._sealed()
         records = self._records()
-        self._check_snapshot(records)
+        self._check_sealed(sealed, records)
         findings.num_shards += self.plan.num_shards - len(self.hidden)
         findings.num_decided += len(records)
         undecided: list[int] = []
@@ -171,18 +128,15 @@ class _Generation:
             progress.advance(spec.num_frames)
             if spec.shard_id in self.hidden:
                 continue
-            self._void_older_pngs(spec)
+            self.pngs.void(spec)
             record = records.get(spec.shard_id)
             if record is not None:
-                self._check_shard(spec, record, has_pngs=spec.shard_id in with_pngs)
-            elif (number, spec.shard_id) in findings.broken:
-                continue
-            elif self.is_newest or spec.shard_id in self.unreadable:
+                has_pngs = spec.shard_id in with_pngs
+                if self._wants_pngs and not has_pngs:
+                    self._note_without_pngs(spec.shard_id, is_finished=success is not None)
+                self._check_shard(spec, record, has_pngs=has_pngs)
+            elif self._is_undecided(spec.shard_id):
                 undecided.append(spec.shard_id)
-            else:
-                # Nobody works at an older generation: whoever planned a newer one left nothing.
-                key = self.generation.commit_key(spec.shard_id)
-                self._break(spec.shard_id, f"{key}: missing")
         if undecided:
             findings.undecided[number] = undecided
         if digest.plan_id != self.plan.plan_id:
@@ -194,15 +148,40 @@ class _Generation:
             self.plan,
             records,
             self.job,
+            success,
             findings.fault,
             self._break,
             hidden=self.hidden,
         )
 
-    def _break(self, shard_id: int, message: str) -> None:
+    def _break(self, shard_id: int, message: str, *, unread: bool = False) -> None:
         """Note a fault that doing the shard anew mends."""
-        self.findings.broken.add((self.generation.number, shard_id))
-        self.findings.fault(message)
+        if not unread:
+            self.findings.broken.add((self.generation.number, shard_id))
+        self.findings.fault(message, unread=unread)
+
+    def _is_undecided(self, shard_id: int) -> bool:
+        """Whether a shard without a record that can be understood is one that still may get one."""
+        if (
+            shard_id in self.unreadable
+            or (self.generation.number, shard_id) in self.findings.broken
+        ):
+            return False
+        # Nobody works at an older generation: whoever planned a newer one left nothing.
+        return self.is_newest or not self._is_lost(shard_id)
+
+    def _is_lost(self, shard_id: int) -> bool:
+        """Note that a record is missing, unless it came after the others were listed."""
+        key = self.generation.commit_key(shard_id)
+        try:
+            if self.store.exists(key):
+                return False
+        except StorageError as error:
+            self._break(shard_id, f"{key}: cannot be read: {error}", unread=True)
+            self.unreadable.add(shard_id)
+            return True
+        self._break(shard_id, f"{key}: missing")
+        return True
 
     def _records(self) -> dict[int, CommitRecord]:
         """The commit records themselves, whatever a snapshot says of them."""
@@ -219,7 +198,7 @@ class _Generation:
             shard_id = shard_of(key) or 0
             if isinstance(data, StorageError):
                 self.unreadable.add(shard_id)
-                self.findings.fault(f"{key}: {data}")
+                self.findings.fault(f"{key}: cannot be read: {data}", unread=True)
                 continue
             try:
                 records[shard_id] = parse_commit(data, self.plan.plan_id, shard_id)
@@ -227,29 +206,57 @@ class _Generation:
                 self._break(shard_id, f"{key}: {error}")
         return records
 
-    def _check_snapshot(self, records: dict[int, CommitRecord]) -> None:
-        """What readers go by must be what the records say."""
-        plan = self.plan
-        try:
-            manifest = Manifest.load(self.store, self.generation, plan.plan_id, plan.num_shards)
-            sealed = list(replace(manifest, open_ids=()).records(without=self.hidden))
-        except (JobError, StorageError) as error:
-            self.findings.fault(f"{MANIFEST_PREFIX}: {error}")
-            return
-        for record in sealed:
-            if records.get(record.shard_id) != record:
-                key = self.generation.commit_key(record.shard_id)
-                message = f"{key}: missing, or not what the sealed manifest says"
-                self._break(record.shard_id, message)
+    def _success(self) -> bytes | None:
+        """The generation's success marker; None if there is none."""
+        found: list[bytes] = []
+        key = self.generation.success_key
+
+        def read() -> None:
+            with suppress(ObjectNotFoundError):
+                found.append(self.store.read(key))
+
+        with_errors(key, read, self.findings.fault)
+        return found[0] if found else None
+
+    def _sealed(self) -> list[CommitRecord]:
+        """What readers go by."""
+        found: list[CommitRecord] = []
+
+        def read() -> None:
+            plan, fault = self.plan, self.findings.fault
+            given = self.store, self.generation, plan.plan_id, plan.num_shards
+            _, table = best_snapshot(*given, on_damage=fault)
+            found.extend(sealed_records(table, plan.plan_id, self.hidden))
+
+        with_errors(MANIFEST_PREFIX, read, self.findings.fault)
+        return found
+
+    def _check_sealed(
+        self, sealed: Sequence[CommitRecord], records: Mapping[int, CommitRecord]
+    ) -> None:
+        """It must be what the records say."""
+        for said in sealed:
+            shard_id = said.shard_id
+            if records.get(shard_id) == said or shard_id in self.unreadable:
+                continue
+            if shard_id in records or (self.generation.number, shard_id) in self.findings.broken:
+                key = self.generation.commit_key(shard_id)
+                self._break(shard_id, f"{key}: not what the sealed manifest says")
+            else:
+                self._is_lost(shard_id)
 
     def _planned(self) -> Iterator[ShardSpec]:
         for part in self.plan.parts:
             try:
                 shards = read_part(self.store, part)
-            except (JobError, StorageError) as error:
+            except ObjectNotFoundError:
+                self.findings.fault(f"{part.key}: missing")
+            except StorageError as error:
+                self.findings.fault(f"{part.key}: cannot be read: {error}", unread=True)
+            except JobError as error:
                 self.findings.fault(str(error))
-                continue
-            yield from shards
+            else:
+                yield from shards
 
     def _with_pngs(self) -> set[int | None]:
         """Shards whose PNGs are said to be complete."""
@@ -266,12 +273,13 @@ class _Generation:
             frame_id(part.asset, index) for part in spec.slices for index in part.frame_index
         ]
         self.findings.num_frames += len(planned)
-        if self._wants_pngs and self.is_finished and not has_pngs:
-            self.findings.fault(f"shard {spec.shard_id}: finished without the marker of its PNGs")
         held: list[str] = []
         num_ok = 0
         for file in record.files:
             key = f"{self.generation.prefix}{file.path}"
+            is_own = key == self.generation.data_key(spec.shard_id, record.attempt)
+            if not is_own:
+                self._break(spec.shard_id, f"{key}: not the data of its record's attempt")
             try:
                 data = read_pinned(self.store, key, file.sha256)
                 _check_size(key, data, file)
@@ -283,13 +291,13 @@ class _Generation:
                 self._break(spec.shard_id, str(error))
                 return
             except StorageError as error:
-                self.findings.fault(f"{key}: cannot be read: {error}")
+                self.findings.fault(f"{key}: cannot be read: {error}", unread=is_own)
                 return
             check_rows(key, data, record, functools.partial(self._break, spec.shard_id))
             if has_pngs:
                 with_errors(
                     f"PNGs of shard {spec.shard_id}",
-                    functools.partial(self._compare_pngs, spec.shard_id, data),
+                    functools.partial(self.pngs.compare, self.generation, spec.shard_id, data),
                     self.findings.fault,
                 )
             held += [name for name, _ in rows]
@@ -300,22 +308,11 @@ class _Generation:
             message = "its record counts other rows than its data holds"
             self._break(spec.shard_id, f"shard {spec.shard_id}: {message}")
 
-    def _compare_pngs(self, shard_id: int, data: bytes) -> None:
-        anew = self.generation.number > 0
-        for key, is_right in compare_png_tree(self.store, data, anew=anew):
-            if not is_right:
-                self.findings.bad_pngs[key] = self.generation.number, shard_id
-
-    def _void_older_pngs(self, spec: ShardSpec) -> None:
-        """What an older generation says of a frame's PNGs does not count any more.
-
-        Nor does it while this one has not made them: then they may be of either, or half of each.
-        """
-        if not self.findings.bad_pngs:
-            return
-        for asset, index in frames_of([spec]):
-            for key in png_keys(asset, index):
-                self.findings.bad_pngs.pop(key, None)
+    def _note_without_pngs(self, shard_id: int, *, is_finished: bool) -> None:
+        if is_finished or self.is_finished:
+            self.findings.fault(f"shard {shard_id}: finished without the marker of its PNGs")
+        else:
+            self.findings.num_without_pngs += 1
 
     def _compare(self, shard_id: int, planned: list[str], held: list[str]) -> None:
         wanted, found = Counter(planned), Counter(held)
@@ -333,10 +330,19 @@ class _Generation:
             if item.key in named:
                 continue
             attempt = attempt_of(item.key)
-            if attempt is None or attempt[0] >= self.plan.num_shards:
+            is_own = attempt is not None and item.key == self.generation.data_key(*attempt)
+            if attempt is None or not is_own or attempt[0] >= self.plan.num_shards:
                 self.findings.fault(f"{item.key}: foreign object among the data")
             elif attempt[0] not in self.hidden:
                 self.findings.orphans.append(item.key)
+        planned = {self.generation.plan_key, *(part.key for part in self.plan.parts)}
+        for item in self.store.list(plan_prefix(self.generation)):
+            if item.key in planned:
+                continue
+            if is_part_key(self.generation, item.key):
+                self.findings.orphans.append(item.key)
+            else:
+                self.findings.fault(f"{item.key}: foreign object beside the plan")
 
 
 def _check_size(key: str, data: bytes, file: DataFile) -> None:

@@ -20,10 +20,11 @@ import cv2
 import numpy as np
 import psutil
 
+from jobs.findings import Findings
 from jobs.lease import heartbeats
 from jobs.manifest import Manifest
 from jobs.plan import Plan, read_plan
-from jobs.verify import Findings, verify_job
+from jobs.verify import verify_job
 from pipeline.layout import PNG_PREFIX, Generation
 from pipeline.sinks.parquet import read_rows
 from pipeline.storage import StorageOptions, Store, open_store

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.claim import make_record
+from jobs.finish import write_success
 from jobs.generations import read_part
+from jobs.manifest import Manifest
 from jobs.plan import Plan, Planner, make_plan, open_output
 from jobs.record import JobRecord, claim_output
 from jobs.spec import JobSpec, check_spec
@@ -105,3 +107,10 @@ def plan_job(spec: JobSpec) -> Job:
     plan = make_plan(store, Generation(), Planner(spec))
     shards = [shard for part in plan.parts for shard in read_part(store, part)]
     return Job(spec=spec, store=store, record=record, plan=plan, shards=shards)
+
+
+def finish_job(job: Job) -> None:
+    """Seal and say that it is complete, as a driver does in the end."""
+    generation, plan = Generation(), job.plan
+    manifest = Manifest.load(job.store, generation, plan.plan_id, plan.num_shards).seal()
+    write_success(job.store, generation, plan, list(manifest.records()))

@@ -14,9 +14,11 @@ from jobs.runner import resume_job
 from jobs.status import job_status
 from jobs.verify import _Generation, verify_job
 from pipeline.decode import probe_assets
+from pipeline.errors import StoreUnavailableError
 from pipeline.layout import Generation, attempt_of
 from pipeline.stages import make_pngs
 from pipeline.storage import StorageOptions, open_store
+from pipeline.storage.local import LocalStore
 from tests.jobs.job_parts import TINY
 from tests.jobs.local_graph import without_ray
 from tests.media import encode_image, picture, tar_of, write_video
@@ -682,6 +684,36 @@ def test_a_repair_drops_a_damaged_snapshot(call, job):
     assert (code, said["complete"]) == (0, True)
     assert not job.exists(key)
     assert len(read_plans(job)) == 1
+
+
+def test_a_repair_does_nothing_while_an_object_cannot_be_read(call, job, monkeypatch):
+    damage_data(job)
+    read = LocalStore.read
+
+    def fail(self, key):
+        if key == FIRST.commit_key(1):
+            raise StoreUnavailableError(f"{key}: slow down")
+        return read(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "read", fail)
+        code, err = call("verify", job.url, "--repair")
+    assert code == 1
+    assert "nothing was done" in err
+    assert "shard-00000001.json: slow down" in err
+    assert len(read_plans(job)) == 1
+    assert call("verify", job.url, "--repair")[0] == 0
+    assert len(read_plans(job)[1][1].replaced) == 1
+
+
+def test_losers_of_an_older_generation_are_collected(call, job):
+    call("retry", job.url)
+    losers = [FIRST.data_key(0, "c" * 32), FIRST.plan_part_key("d" * 32, 0)]
+    for key in losers:
+        job.put(key, b"lost")
+    assert verify_job(job.url, StorageOptions()).orphans == losers
+    call("resume", job.url)
+    assert verify_job(job.url, StorageOptions()).orphans == []
 
 
 def test_a_repair_waits_for_the_driver_at_work(call, job):

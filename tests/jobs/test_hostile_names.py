@@ -17,7 +17,7 @@ from pipeline.geometry import resize
 from pipeline.layout import Generation, png_stem
 from pipeline.sinks.parquet import frame_id
 from pipeline.storage import StorageOptions, unescape_path
-from tests.jobs.job_parts import make_job
+from tests.jobs.job_parts import finish_job, make_job
 from tests.media import encode_image, picture, write_video
 
 GENERATION = Generation()
@@ -99,6 +99,7 @@ def test_hostile_names_go_the_whole_way(job, tmp_path):
     assert seen == len(pixels)
 
     made.publish(range(made.plan.num_shards))
+    finish_job(made)
     found = verify_job(made.store.url, StorageOptions())
     assert found.faults == []
     assert found.is_complete

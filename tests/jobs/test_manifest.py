@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import pyarrow as pa
 import pytest
 
+from jobs import manifest
 from jobs.finish import collect_orphans, write_success
 from jobs.manifest import Manifest, drop_damaged_snapshots
 from jobs.runner import pending_parts
@@ -41,17 +43,17 @@ def load(store, num_shards):
 
 
 def test_nothing_is_decided_at_first(store):
-    manifest = load(store, 5)
-    assert (manifest.num_done, manifest.is_complete) == (0, False)
-    assert manifest.done().tolist() == [False] * 5
-    assert list(manifest.records()) == []
+    found = load(store, 5)
+    assert (found.num_done, found.is_complete) == (0, False)
+    assert found.done().tolist() == [False] * 5
+    assert list(found.records()) == []
 
 
 def test_open_records_are_listed_afresh(store):
     commit(store, [0, 3])
-    manifest = load(store, 5)
-    assert manifest.done().tolist() == [True, False, False, True, False]
-    assert [record.shard_id for record in manifest.records()] == [0, 3]
+    found = load(store, 5)
+    assert found.done().tolist() == [True, False, False, True, False]
+    assert [record.shard_id for record in found.records()] == [0, 3]
     commit(store, [1])
     assert load(store, 5).num_done == 3
 
@@ -101,6 +103,33 @@ def test_a_damaged_snapshot_is_only_a_lost_cache(store):
     assert load(store, 3).open_ids == (0, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("shard_ids", "ranges"),
+    [
+        ([0], [0]),
+        ([0, 0, 1], [0]),
+        ([0, 0], [0]),
+        ([0, 1, 77], [0]),
+        ([0, 1], [0, 1]),
+        ([77], [77]),
+    ],
+)
+def test_a_snapshot_of_other_shards_than_its_ranges_is_passed_over(store, shard_ids, ranges):
+    commit(store, range(2))
+    commit(store, [77])
+    records = {record.shard_id: record for record in load(store, 1078).records()}
+    table = pa.Table.from_pylist(
+        [manifest._row(records[item]) for item in shard_ids], schema=manifest.SNAPSHOT_SCHEMA
+    )
+    store.delete([GENERATION.commit_key(77)])
+    manifest._write_snapshot(store, GENERATION, PLAN_ID, frozenset(ranges), table)
+    found = load(store, 2)
+    assert (found.sealed_ranges, found.open_ids) == (frozenset(), (0, 1))
+    assert found.done().tolist() == [True, True]
+    (dropped,) = drop_damaged_snapshots(store, GENERATION, PLAN_ID, 2)
+    assert not store.exists(dropped)
+
+
 def test_a_record_outside_the_plan_stops_the_run(store):
     store.put("gen-0000/commit/00000/shard-00000009.json", b"{}")
     with pytest.raises(JobError, match="does not belong to this plan"):
@@ -116,10 +145,10 @@ def test_another_plan_s_record_stops_the_run(store):
 def test_pending_parts_leave_out_what_is_done(tmp_path):
     job = make_job(tmp_path)
     job.publish([1, 3])
-    manifest = Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards)
-    (part,) = pending_parts(job.plan, manifest, backwards=False)
+    found = Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards)
+    (part,) = pending_parts(job.plan, found, backwards=False)
     assert part.shard_ids == (0, 2, 4, 5)
-    (part,) = pending_parts(job.plan, manifest, backwards=True)
+    (part,) = pending_parts(job.plan, found, backwards=True)
     assert part.shard_ids == (5, 4, 2, 0)
 
 
@@ -131,8 +160,8 @@ def test_only_losers_of_decided_shards_are_collected(tmp_path):
     part = GENERATION.plan_part_key("d" * 32, 0)
     for key in (loser, undecided, part):
         job.store.put(key, b"x")
-    manifest = Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards)
-    assert collect_orphans(job.store, GENERATION, job.plan, list(manifest.records())) == 2
+    found = Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards)
+    assert collect_orphans(job.store, GENERATION, job.plan, list(found.records())) == 2
     assert [job.store.exists(key) for key in (loser, undecided, part)] == [False, True, False]
     assert job.store.exists(job.plan.parts[0].key)
     assert len(list(job.store.list(GENERATION.data_prefix))) == 2
@@ -142,7 +171,7 @@ def test_nothing_is_collected_below_a_link(tmp_path):
     """Not even below one's own: it may lead to another job."""
     job = make_job(tmp_path)
     job.publish([0])
-    manifest = Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards)
+    found = Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards)
     outside = tmp_path / "outside"
     outside.mkdir()
     names = [
@@ -157,8 +186,9 @@ def test_nothing_is_collected_below_a_link(tmp_path):
     (tmp_path / "job/manifest").mkdir()
     for folder in ("gen-0000/data", "gen-0000/plan", "manifest"):
         (tmp_path / "job" / folder / "link").symlink_to(outside)
-    assert collect_orphans(job.store, GENERATION, job.plan, list(manifest.records())) == 0
-    assert drop_damaged_snapshots(job.store) == []
+    assert collect_orphans(job.store, GENERATION, job.plan, list(found.records())) == 0
+    of_plan = GENERATION, job.plan.plan_id, job.plan.num_shards
+    assert drop_damaged_snapshots(job.store, *of_plan) == []
     assert set(outside.iterdir()) == theirs
 
 

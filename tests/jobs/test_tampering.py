@@ -7,9 +7,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from jobs.finish import write_success
 from jobs.lease import heartbeats, mark_cancelled, request_cancel, take_lease
-from jobs.manifest import Manifest
 from jobs.status import find_jobs, job_status
 from jobs.verify import verify_job
 from pipeline.errors import Segformer3dError
@@ -17,7 +15,7 @@ from pipeline.layout import LEASE_PREFIX, MANIFEST_PREFIX, PROBE_PREFIX, Generat
 from pipeline.records import canonical_json
 from pipeline.storage import StorageOptions
 from tests.budget import Share
-from tests.jobs.job_parts import make_job
+from tests.jobs.job_parts import finish_job, make_job
 
 SEED = 5
 NUM_CHANGES = 5000
@@ -31,8 +29,7 @@ NEWS = (LEASE_PREFIX, PROBE_PREFIX)
 def job(tmp_path):
     """A finished job with everything that one may hold."""
     made = published(tmp_path)
-    manifest = Manifest.load(made.store, GENERATION, made.plan.plan_id, made.plan.num_shards).seal()
-    write_success(made.store, GENERATION, made.plan, list(manifest.records()))
+    finish_job(made)
     lease = take_lease(made.store)
     mark_cancelled(made.store, lease)
     assert verify(made).is_complete
@@ -52,7 +49,7 @@ def test_a_record_is_checked_where_no_snapshot_says_it_again(tmp_path, value):
     record = json.loads(made.store.read(key))
     record["files"][0]["size_bytes" if isinstance(value, int) else "sha256"] = value
     made.store.put(key, canonical_json(record))
-    assert is_noticed(made)
+    assert verify(made).broken == {(0, 0)}
 
 
 def verify(job):
@@ -149,12 +146,11 @@ def tamper(job, rng):
 def must_be_noticed(how, key, done):
     """Whether a job is not what it says after that.
 
-    Without a snapshot or a success marker it is sound and has not said that it is finished; the
-    next resume makes them.
+    Without a snapshot it is as sound and complete as with one.
     """
     if not done or key.startswith(NEWS):
         return False
-    if how == "delete" and (key.startswith(MANIFEST_PREFIX) or key == GENERATION.success_key):
+    if how == "delete" and key.startswith(MANIFEST_PREFIX):
         return False
     if "/png-done/" in key:
         # Only the marker's name says anything.

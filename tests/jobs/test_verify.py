@@ -6,13 +6,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.manifest import Manifest
+from jobs import manifest
+from jobs.findings import Findings
+from jobs.png_tree import PngTree
 from jobs.status import find_jobs, job_status
-from jobs.verify import verify_job
-from pipeline.errors import UserError
+from jobs.verify import _check_tree, _Generation, verify_job
+from pipeline.errors import StoreUnavailableError, UserError
 from pipeline.layout import Generation
 from pipeline.storage import StorageOptions, open_store
-from tests.jobs.job_parts import make_job
+from pipeline.storage.local import LocalStore
+from tests.jobs.job_parts import finish_job, make_job
 
 GENERATION = Generation()
 
@@ -22,6 +25,12 @@ def job(tmp_path):
     made = make_job(tmp_path)
     made.publish(range(made.plan.num_shards))
     return made
+
+
+@pytest.fixture
+def finished(job):
+    finish_job(job)
+    return job
 
 
 def findings(job):
@@ -39,8 +48,8 @@ def rewrite_record(job, change):
     job.store.put(key, json.dumps(fields).encode())
 
 
-def test_a_whole_job_is_sound_and_complete(job):
-    found = findings(job)
+def test_a_whole_job_is_sound_and_complete(finished):
+    found = findings(finished)
     assert found.is_complete
     assert (found.num_rows, found.num_frames, found.num_decided) == (11, 11, 6)
 
@@ -92,22 +101,117 @@ def test_foreign_objects(job):
     job.store.put("gen-0000/commit/00000/shard-00000099.json", b"{}")
     assert "not a commit record of this plan" in findings(job).faults[0]
     job.store.delete(["gen-0000/commit/00000/shard-00000099.json"])
-    job.store.put("gen-0000/data/holiday.parquet", b"x")
-    assert "foreign" in findings(job).faults[0]
+    for key in (
+        "gen-0000/data/holiday.parquet",
+        GENERATION.data_key(0, "a" * 32).replace("data/", "data/x/"),
+        "gen-0000/plan/part.parquet",
+    ):
+        job.store.put(key, b"x")
+        (fault,) = findings(job).faults
+        assert fault.startswith(f"{key}: foreign object")
+        job.store.delete([key])
+
+
+def test_foreign_pictures(finished):
+    key = "png/0000.jpg_color.png"
+    stranger = "png/1/intruder_color.png"
+    # No generation says anything of an error's picture but that it has none.
+    for other in (stranger, f"{key}.bak", "png/broken.jpg_color.png"):
+        finished.store.put(other, finished.store.read(key))
+        assert findings(finished).faults == [f"{other}: foreign object among the PNGs"]
+        finished.store.delete([other])
+    finished.store.put(stranger, b"x")
+    # Others may have been made meanwhile, or not be known without the data.
+    finished.store.put(Generation(1).plan_key, b"{}")
+    tree = PngTree(finished.store, {})
+    assert len(list(tree.foreign())) == 31
+    found = Findings(url="")
+    _check_tree(tree, 1, found)
+    assert found.faults == []
+    finished.store.delete([Generation(1).plan_key, first_data(finished)])
+    assert findings(finished).faults == [f"{GENERATION.data_key(0, attempt(finished))}: missing"]
+
+
+def attempt(job):
+    return json.loads(job.store.read(GENERATION.commit_key(0)))["attempt"]
+
+
+def test_pictures_or_a_driver_s_last_word_that_are_missing(finished):
+    finished.store.delete([GENERATION.success_key])
+    found = findings(finished)
+    assert (found.is_sound, found.is_complete) == (True, False)
+    assert "sound, unfinished" in found.text()
+    assert "no driver has finished it" in found.text()
+    pngs = ("png/", GENERATION.png_done_prefix)
+    finished.store.delete([item.key for name in pngs for item in finished.store.list(name)])
+    found = findings(finished)
+    assert (found.is_sound, found.is_complete, found.num_without_pngs) == (True, False, 6)
+    assert "the PNGs of 6 shards are not made yet" in found.text()
+
+
+@pytest.mark.parametrize("moment", ["_records", "_planned", "_check_orphans"])
+def test_a_job_that_ends_meanwhile_is_sound(tmp_path, monkeypatch, moment):
+    job = make_job(tmp_path)
+    job.publish(range(5))
+    real = getattr(_Generation, moment)
+
+    def end_first(self, *given):
+        # ``_records`` lists before anything is read.
+        found = real(self, *given) if moment == "_records" else None
+        if not job.store.exists(GENERATION.success_key):
+            job.publish([5])
+            finish_job(job)
+        return found if moment == "_records" else real(self, *given)
+
+    monkeypatch.setattr(_Generation, moment, end_first)
+    found = findings(job)
+    assert (found.faults, found.broken) == ([], set())
+    assert findings(job).is_complete
+
+
+def test_a_record_that_came_since_is_not_missing(finished, monkeypatch):
+    monkeypatch.setattr(_Generation, "_records", lambda _: {})
+    found = findings(finished)
+    assert found.broken == set()
+
+
+def test_what_cannot_be_read_is_neither_broken_nor_undecided(finished, monkeypatch):
+    keys = {GENERATION.commit_key(1), first_data(finished)}
+    read = LocalStore.read
+
+    def fail(self, key):
+        if key in keys:
+            raise StoreUnavailableError(f"{key}: slow down")
+        return read(self, key)
+
+    monkeypatch.setattr(LocalStore, "read", fail)
+    found = findings(finished)
+    assert (found.broken, found.undecided, found.is_sound) == (set(), {}, False)
+    assert {fault.partition(":")[0] for fault in found.unread} >= keys
+
+
+def test_a_snapshot_that_leaves_out_a_shard(finished):
+    plan, store = finished.plan, finished.store
+    ranges, table = manifest.best_snapshot(store, GENERATION, plan.plan_id, plan.num_shards)
+    store.delete([item.key for item in store.list("manifest/")])
+    manifest._write_snapshot(store, GENERATION, plan.plan_id, ranges, table.slice(1))
+    (fault,) = findings(finished).faults
+    assert "holds other shards than those of its ranges" in fault
 
 
 @pytest.fixture
-def sealed(job):
-    Manifest.load(job.store, GENERATION, job.plan.plan_id, job.plan.num_shards).seal()
-    return job
+def sealed(finished):
+    finished.store.delete([GENERATION.success_key])
+    return finished
 
 
 def test_records_are_read_though_they_are_sealed(sealed):
-    assert findings(sealed).is_complete
+    assert findings(sealed).is_sound
     rewrite_record(sealed, lambda fields: fields.update(num_ok=0))
     assert "not what the sealed manifest says" in findings(sealed).faults[0]
     sealed.store.delete([GENERATION.commit_key(0)])
-    assert "not what the sealed manifest says" in findings(sealed).faults[0]
+    assert findings(sealed).faults == [f"{GENERATION.commit_key(0)}: missing"]
+    assert findings(sealed).broken == {(0, 0)}
 
 
 @pytest.mark.parametrize(
@@ -141,12 +245,13 @@ def test_a_changed_plan_is_found(job):
     assert any("another plan" in fault for fault in findings(job).faults)
 
 
-def test_orphans_are_named_but_no_fault(job):
-    orphan = GENERATION.data_key(0, "f" * 32)
-    job.store.put(orphan, b"x")
-    found = findings(job)
+def test_orphans_are_named_but_no_fault(finished):
+    orphans = [GENERATION.data_key(0, "f" * 32), GENERATION.plan_part_key("e" * 32, 0)]
+    for orphan in orphans:
+        finished.store.put(orphan, b"x")
+    found = findings(finished)
     assert found.is_complete
-    assert found.orphans == [orphan]
+    assert found.orphans == orphans
 
 
 def test_nothing_to_verify(tmp_path):

@@ -50,6 +50,7 @@ from pipeline.records import (
     ShardSpec,
     canonical_json,
 )
+from pipeline.sinks.parquet import parse_parquet
 from pipeline.storage import Store
 from tests.simulation.world import Client, Process, World
 from tests.virtual_store import Request
@@ -613,10 +614,10 @@ class _SnapshotTables:
                 stream.write_table(table)
 
     @staticmethod
-    def read_table(source: pa.NativeFile) -> pa.Table:
+    def parse(data: bytes) -> pa.Table:
         if _here().uses_parquet:
-            return pq.read_table(source)
-        return pa.ipc.open_stream(source).read_all()
+            return parse_parquet(data)
+        return pa.ipc.open_stream(data).read_all()
 
 
 _job: SimulatedJob | None = None
@@ -647,6 +648,7 @@ def simulation() -> Iterator[None]:
         patch.setattr(lease, "threading", SimpleNamespace(Event=_Event, Thread=_Thread))
         patch.setattr(lease, "asdict", vars)  # the same for plain fields, and 20 times as fast
         patch.setattr(manifest, "pq", _SnapshotTables)
+        patch.setattr(manifest, "parse_parquet", _SnapshotTables.parse)
         patch.setattr(plan, "Planner", _SimulatedPlanner)
         patch.setattr(claim, "Planner", _SimulatedPlanner)
         patch.setattr(plan, "_parquet", _part)
