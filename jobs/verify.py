@@ -63,6 +63,7 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
                 pngs=pngs,
             )
             checked.check(progress)
+    with_errors(PNG_PREFIX, lambda: _void_by_newer(pngs, len(plans)), findings.fault)
     for key, (_, shard_id) in sorted(findings.bad_pngs.items()):
         findings.fault(f"{key}: missing, or not what the data of shard {shard_id} shows")
     if is_finished and pngs.num_compared == findings.num_shards:
@@ -72,6 +73,14 @@ def verify_job(url: str, storage: StorageOptions) -> Findings:
     # Once more: it may have been finished meanwhile.
     findings.is_finished = is_finished or store.exists(newest.success_key)
     return findings
+
+
+def _void_by_newer(pngs: PngTree, num_plans: int) -> None:
+    """PNGs that a generation makes, or deletes, that was planned since are its own business."""
+    for _, plan in read_plans(pngs.store)[num_plans:]:
+        for part in plan.parts:
+            for spec in read_part(pngs.store, part):
+                pngs.void(spec)
 
 
 def _check_tree(pngs: PngTree, num_plans: int, findings: Findings) -> None:

@@ -10,7 +10,7 @@ import pytest
 from jobs import cli
 from jobs.lease import Heartbeat, beat, is_cancelled, take_lease
 from segformer3d.weights import model_from_bytes, untrained_weights, weights_to_bytes
-from tests.jobs.job_parts import TINY, make_job
+from tests.jobs.job_parts import TINY, finish_job, make_job
 
 
 @pytest.fixture
@@ -142,6 +142,7 @@ def test_status_list_and_verify_as_json(run, job, tmp_path):
     code, out, _ = run("verify", job.store.url, "--json")
     assert (code, json.loads(out)["sound"], json.loads(out)["complete"]) == (1, True, False)
     job.publish(range(1, job.plan.num_shards))
+    finish_job(job)
     code, out, _ = run("verify", job.store.url)
     assert code == 0
     assert "sound and complete" in out

@@ -466,7 +466,7 @@ def test_an_older_generation_deletes_no_png_of_a_newer(call, retried):
     assert verify_job(retried.url, StorageOptions()).is_complete
 
 
-def test_a_repair_deletes_no_png_of_a_retry_that_came_meanwhile(call, job, archive, monkeypatch):
+def test_pngs_of_a_retry_that_came_meanwhile_are_its_own_business(call, job, archive, monkeypatch):
     call("retry", job.url, "--only", "truncated")
     (archive / "cut.jpg").write_bytes(still(7))
     check = _Generation.check
@@ -477,8 +477,8 @@ def test_a_repair_deletes_no_png_of_a_retry_that_came_meanwhile(call, job, archi
         check(self, progress)
 
     monkeypatch.setattr(_Generation, "check", retry_first)
-    code, said = call("verify", job.url, "--repair", "--json")
-    assert (code, said["complete"]) == (0, True)
+    assert verify_job(job.url, StorageOptions()).faults == []
+    assert len(read_plans(job)) == 3
     assert job.exists(COLOR)
 
 
@@ -723,3 +723,10 @@ def test_a_repair_waits_for_the_driver_at_work(call, job):
     assert code == 2
     assert "works on this job" in err
     assert len(read_plans(job)) == 1
+
+
+def test_a_repair_of_pngs_waits_for_him_too(call, job):
+    job.put("png/0.jpg_color.png", b"x")
+    beat(job, Heartbeat.now(take_lease(job), "running"))
+    assert call("verify", job.url, "--repair")[0] == 2
+    assert job.read("png/0.jpg_color.png") == b"x"
