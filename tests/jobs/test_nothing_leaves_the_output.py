@@ -12,7 +12,7 @@ from pipeline.layout import png_stem
 from pipeline.sources.listing import list_assets
 from pipeline.storage import StorageOptions, open_store
 from pipeline.storage.local import LocalStore
-from tests.jobs.job_parts import plan_job
+from tests.jobs.job_parts import finish_job, plan_job
 from tests.media import encode_cv2, picture
 
 SHOWN = [
@@ -46,7 +46,7 @@ def everything_below(folder):
 
 
 def run_job(folder, url, storage=None):
-    """Plan and publish, with pictures; the job."""
+    """Plan, publish, with pictures, and finish; the job."""
     fields = {
         "input": {"url": url, "storage": storage or {}},
         "output": {"url": str(folder / "work" / "job"), "png": True},
@@ -55,6 +55,7 @@ def run_job(folder, url, storage=None):
     }
     job = plan_job(check_spec(fields, "the job"))
     job.publish(range(job.plan.num_shards))
+    finish_job(job)
     return job
 
 
