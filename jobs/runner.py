@@ -48,6 +48,7 @@ MissingPngs = dict[int, list[tuple[int, str, str]]]
 
 # The line of a traceback that names what was raised, by anybody but Ray.
 _RAISED = re.compile(r"(?!ray\.)[\w.]+(?:Error|Exception): (.+)")
+_MAX_REASON_CHARS = 1000
 _STALLED = (
     "No shard has come for five minutes. If shards are not that long, a node may be gone, or the"
     " cluster has no room for a model: `ray status` shows what is waited for. Ctrl-C stops and"
@@ -246,7 +247,8 @@ class _Driver:
                 num_missing = sum(map(len, missing_pngs.values()))
                 say(f"Writing the PNGs of {num_missing} shards that were stopped before.")
                 for number, keys in missing_pngs.items():
-                    for _ in run_png_graph(replace(context, generation=number), keys):
+                    made = run_png_graph(replace(context, generation=number), keys)
+                    for _ in _guarded(made, self.store.url):
                         pass
         return manifest
 
@@ -412,4 +414,4 @@ def _reason(error: BaseException) -> str:
     """What a task raised, out of the traceback that Ray gives as text around advice of its own."""
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
     raised = [match[1] for line in lines if (match := _RAISED.match(line))]
-    return (raised or lines or [type(error).__name__])[-1].strip()
+    return (raised or lines or [type(error).__name__])[-1].strip()[:_MAX_REASON_CHARS]
