@@ -11,6 +11,7 @@ from jobs.generations import frames_of
 from pipeline.layout import PNG_PREFIX, Generation
 from pipeline.records import ShardSpec
 from pipeline.sinks.png import compare_png_tree, png_keys
+from pipeline.sources.listing import is_hidden
 from pipeline.storage import Store
 
 
@@ -55,13 +56,16 @@ class PngTree:
         self.num_compared += 1
 
     def foreign(self) -> Iterator[str]:
-        """Keys below the tree that no shard of those compared gives.
+        """Keys below the tree that no shard of those compared gives; not of hidden files.
 
         Raises:
             StorageError: The tree cannot be listed.
         """
         seen = np.unique(np.frombuffer(self._seen, np.uint64))
         for item in self.store.list(PNG_PREFIX):
+            if is_hidden(item.key):
+                # A desktop leaves such; nobody takes them for pictures.
+                continue
             wanted = np.uint64(_hash(item.key))
             place = np.searchsorted(seen, wanted)
             if place == len(seen) or seen[place] != wanted:

@@ -115,6 +115,7 @@ def test_foreign_objects(job):
 def test_foreign_pictures(finished):
     key = "png/0000.jpg_color.png"
     stranger = "png/1/intruder_color.png"
+    finished.store.put("png/.DS_Store", b"a desktop's")
     # No generation says anything of an error's picture but that it has none.
     for other in (stranger, f"{key}.bak", "png/broken.jpg_color.png"):
         finished.store.put(other, finished.store.read(key))
