@@ -27,6 +27,8 @@ from pipeline.errors import JobError, UserError
 _OBJECT_STORE_BYTES = 1 << 30
 _OBJECT_STORE_BYTES_PER_CPU = 256 << 20
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Ray keeps it, by its own rules
+# A socket's path has 107 bytes, and what Ray adds 65.
+_RAY_FOLDER_BYTES = 42
 _IDLE_WORKER_MS = "600000"
 _GRACE_S = 3.0
 _ANSWER_S = 5.0
@@ -274,7 +276,10 @@ def _ray_folder() -> str | None:
     """Where an embedded Ray has its sockets; its own choice would be open to every user."""
     if os.environ.get("RAY_TMPDIR"):
         return None
-    return str(private_folder() / "ray")
+    folder = private_folder() / "ray"
+    if len(os.fsencode(folder)) > _RAY_FOLDER_BYTES:
+        folder = private_folder(Path("/tmp")) / "ray"  # noqa: S108 - ours alone
+    return str(folder)
 
 
 @contextlib.contextmanager

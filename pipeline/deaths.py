@@ -132,7 +132,8 @@ class Journal:
 
     def _report(self, job: str, lease: int) -> None:
         """Turn the notes of processes that died here under this lease into objects of the job."""
-        for path in sorted(path for folder in _own_folders() for path in folder.glob(f"{job}-*")):
+        folders = _own_folders(Path(tempfile.gettempdir()))
+        for path in sorted(path for folder in folders for path in folder.glob(f"{job}-*")):
             with _orphan(path) as said:
                 if said is None:
                     continue
@@ -167,21 +168,26 @@ def spare(shard: DecodedShard, deaths: Deaths) -> DecodedShard:
     return replace(shard, frames=tuple(frames), pixels=shard.pixels[np.array(kept, np.intp)])
 
 
-def private_folder() -> Path:
-    """A temporary folder of this user alone; another one if somebody else was there first."""
+def private_folder(parent: Path | None = None) -> Path:
+    """A temporary folder of this user alone; another one if somebody else was there first.
+
+    Args:
+        parent: Where; the usual place for temporary files unless told.
+    """
+    parent = parent or Path(tempfile.gettempdir())
     with suppress(FileExistsError):
-        Path(tempfile.gettempdir(), _folder_name()).mkdir(mode=0o700)
-    return next(_own_folders(), None) or Path(tempfile.mkdtemp(prefix=f"{_folder_name()}-"))
+        Path(parent, _folder_name()).mkdir(mode=0o700)
+    found = next(_own_folders(parent), None)
+    return found or Path(tempfile.mkdtemp(prefix=f"{_folder_name()}-", dir=parent))
 
 
-def _own_folders() -> Iterator[Path]:
-    """All such folders here, in one order for every process."""
-    parent = Path(tempfile.gettempdir())
+def _own_folders(parent: Path) -> Iterator[Path]:
+    """All such folders there, in one order for every process."""
     for folder in sorted([parent / _folder_name(), *parent.glob(f"{_folder_name()}-*")]):
         with suppress(OSError):
             status = folder.lstat()
             is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-            if is_ours and not status.st_mode & 0o022:
+            if is_ours and not status.st_mode & 0o077:
                 yield folder
 
 
