@@ -22,7 +22,8 @@ demo: setup
 
 # What starts Ray wants the machine to itself; the rest goes by files, two at a time.
 test: setup
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder \
+		--durations 10
 	$(BIN)/python -m pytest -m "ray and not slow and not gpu" --durations 10
 
 check: setup

@@ -17,6 +17,24 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
+# Files that take half a minute and more: with two workers they come first, or one waits at the end.
+LONG_FILES = {
+    ROOT / "tests" / name
+    for name in (
+        "simulation/test_seeds.py",
+        "simulation/test_more_seeds.py",
+        "segformer3d/test_gpu.py",
+        "jobs/test_train.py",
+        "jobs/test_s3_faults.py",
+    )
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(key=lambda item: item.path not in LONG_FILES)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests that passed have printed as proofs: the figures of docs/reliability.md.
 
