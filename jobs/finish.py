@@ -34,16 +34,11 @@ def collect_orphans(
             orphans.append(item.key)
     orphans += [
         item.key
-        for item in store.list(plan_prefix(generation))
+        for item in store.list(generation.plan_prefix)
         if is_part_key(generation, item.key) and item.key not in named
     ]
     store.delete(orphans)
     return len(orphans)
-
-
-def plan_prefix(generation: Generation) -> str:
-    """Folder of the plan."""
-    return generation.plan_key.rpartition("/")[0] + "/"
 
 
 def write_success(

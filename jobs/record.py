@@ -112,11 +112,11 @@ def read_job(store: Store) -> JobRecord:
     Raises:
         UserError: If there is none.
     """
-    try:
-        return JobRecord.from_json(store.read_small(JOB_KEY, _MAX_BYTES))
-    except ObjectNotFoundError:
+    held = _held(store)
+    if held is None:
         message = f"{store.url}: no job here (no {JOB_KEY}); `segformer3d list` finds jobs"
-        raise UserError(message) from None
+        raise UserError(message)
+    return JobRecord.from_json(held)
 
 
 def is_job(store: Store, key: str) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from jobs.findings import MOST_NAMED, Findings
-from jobs.finish import plan_prefix
 from jobs.generations import hidden_shards, read_part, read_plans
 from jobs.integrity import check_generation, check_job, check_rows, with_errors
 from jobs.manifest import best_snapshot, sealed_records
@@ -345,7 +344,7 @@ class _Generation:
             elif attempt[0] not in self.hidden:
                 self.findings.orphans.append(item.key)
         planned = {self.generation.plan_key, *(part.key for part in self.plan.parts)}
-        for item in self.store.list(plan_prefix(self.generation)):
+        for item in self.store.list(self.generation.plan_prefix):
             if item.key in planned:
                 continue
             if is_part_key(self.generation, item.key):

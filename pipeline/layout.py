@@ -59,9 +59,14 @@ class Generation:
         return f"gen-{self.number:04d}/"
 
     @property
+    def plan_prefix(self) -> str:
+        """Folder of the plan."""
+        return f"{self.prefix}plan/"
+
+    @property
     def plan_key(self) -> str:
         """The create-only object that fixes the plan."""
-        return f"{self.prefix}plan/plan.json"
+        return f"{self.plan_prefix}plan.json"
 
     @property
     def success_key(self) -> str:
@@ -95,7 +100,7 @@ class Generation:
 
     def plan_part_key(self, planner: str, part: int) -> str:
         """Key of one part of a plan; ``planner`` is unique to one planning process."""
-        return f"{self.prefix}plan/part-{planner}-{part:05d}.parquet"
+        return f"{self.plan_prefix}part-{planner}-{part:05d}.parquet"
 
     def data_key(self, shard_id: int, attempt: str) -> str:
         """Key of one attempt's Parquet object; never reused."""

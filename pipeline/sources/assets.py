@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.errors import ErrorKind, InputError
 from pipeline.records import Asset
 from pipeline.sources.capture import Capture
@@ -66,6 +69,12 @@ class AssetProbe:
     members: tuple[Asset, ...] = ()
     error_kind: ErrorKind | None = None
     error: str | None = None
+
+
+def nearest_of_8_bits(largest: int) -> NDArray[np.uint8]:
+    """For every sample below 256, the nearest of 8 bits; the largest, and any beyond, is 255."""
+    eight = (np.arange(256) * 255 + largest // 2) // largest
+    return np.minimum(eight, 255).astype(np.uint8)
 
 
 def check_pixels(width: int, height: int, limits: DecodeLimits) -> None:

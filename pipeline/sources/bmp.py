@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.geometry import UInt8Array
-from pipeline.sources.assets import DecodeLimits, check_pixels
+from pipeline.sources.assets import DecodeLimits, check_pixels, nearest_of_8_bits
 
 _START = b"BM"
 _MASKED = (3, 6)
@@ -59,6 +59,5 @@ def _channel(values: NDArray[np.unsignedinteger], mask: int) -> UInt8Array:
     excess = max(0, (mask >> shift).bit_length() - 8)
     high = (values & mask) >> (shift + excess)
     largest = mask >> (shift + excess)
-    eight = (np.arange(largest + 1) * 255 + largest // 2) // largest
-    scaled: UInt8Array = eight.astype(np.uint8)[high]
+    scaled: UInt8Array = nearest_of_8_bits(largest)[high]
     return scaled

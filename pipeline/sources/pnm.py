@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.geometry import UInt8Array
+from pipeline.sources.assets import nearest_of_8_bits
 
 _START = re.compile(rb"P[1-7]\s")
 _FLOATING = re.compile(rb"P[FfHh]\s")
@@ -175,12 +176,10 @@ def _read_text(data: bytes, header: PnmHeader) -> NDArray[np.integer]:
 
 def _scale(max_value: int) -> UInt8Array:
     """The 8 bits of each sample: the nearest of fewer bits, the high ones of more."""
-    values = np.arange(256 if max_value < 256 else 65536)
     if max_value < 256:
-        eight = (values * 255 + max_value // 2) // max_value
-    else:
-        eight = values * 256 // (max_value + 1)
-    return np.minimum(eight, 255).astype(np.uint8)
+        return nearest_of_8_bits(max_value)
+    high = np.arange(65536) * 256 // (max_value + 1)
+    return np.minimum(high, 255).astype(np.uint8)
 
 
 def _truncated() -> InputError:

@@ -72,7 +72,7 @@ def probe_video(
         InputError: If it cannot be opened or holds no frame at all.
     """
     with open_video(file, limits) as (container, stream):
-        timeline = demux(container, stream, progress, Meter(file))
+        timeline = demux(container, stream, Meter(file, progress))
         time_base = cast("Fraction", stream.time_base)
         claims = _claims(container, stream)
         coded = stream.codec_context.width, stream.codec_context.height
@@ -110,9 +110,7 @@ def _without_frames(timeline: Timeline) -> InputError:
     return InputError("truncated", "the video holds no frames")
 
 
-def demux(
-    container: InputContainer, stream: VideoStream, progress: Progress, meter: Meter
-) -> Timeline:
+def demux(container: InputContainer, stream: VideoStream, meter: Meter) -> Timeline:
     """Read all packets of an opened video.
 
     Raises:
@@ -120,9 +118,7 @@ def demux(
     """
     timeline, clock = Timeline(), Clock(container, stream)
     try:
-        for packet in container.demux():
-            progress()
-            meter.take(packet.size)
+        for packet in meter.metered(container.demux()):
             if not packet.size:
                 continue
             timeline.end_s = max(timeline.end_s, _end_s(packet))
@@ -237,10 +233,7 @@ def _count_packets(file: BinaryIO, limits: DecodeLimits, progress: Progress) -> 
     count = 0
     with open_video(file, limits, ignore_editlist="1") as (container, stream):
         try:
-            meter = Meter(file)
-            for packet in container.demux(stream):
-                progress()
-                meter.take(packet.size)
+            for packet in Meter(file, progress).metered(container.demux(stream)):
                 count += packet.size > 0
         except av.FFmpegError:
             return count

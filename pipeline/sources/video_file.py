@@ -8,12 +8,12 @@ channel; the display matrix is applied, the pixel aspect ratio is not; fields st
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EINVAL
 from heapq import heapify, heappop, heappush
 from io import SEEK_END, SEEK_SET
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import av
 from av.container import InputContainer
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from av.packet import Packet  # generic in its stubs only
 
 Progress = Callable[[], None]
+AnyPacket = TypeVar("AnyPacket", bound="Packet[Any]")
 
 # Playlists and other formats that name further files are not in the list.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,avi"
@@ -100,23 +101,28 @@ class Meter:
 
     Args:
         file: The video.
+        progress: Called for every packet.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+        self._progress = progress
         place = file.tell()
         size_bytes = max(_SMALL_FILE_BYTES, file.seek(0, SEEK_END))
         file.seek(place)
         self._left_bytes = size_bytes * _MAX_PACKET_BYTES_PER_FILE_BYTE
 
-    def take(self, packet_bytes: int) -> None:
-        """Note one packet.
+    def metered(self, packets: Iterable[AnyPacket]) -> Iterator[AnyPacket]:
+        """Hand packets on, each noted.
 
         Raises:
             InputError: If there is too much of them.
         """
-        self._left_bytes -= packet_bytes
-        if self._left_bytes < 0:
-            raise InputError("corrupt", "the container's index names the same data many times")
+        for packet in packets:
+            self._progress()
+            self._left_bytes -= packet.size
+            if self._left_bytes < 0:
+                raise InputError("corrupt", "the container's index names the same data many times")
+            yield packet
 
 
 class _Reader:

@@ -93,7 +93,7 @@ def read_frames(
     while True:
         with open_video(file, limits) as (container, stream):
             target = _seek_target(stream, seek_pts, attempt)
-            run = _Pass(container, stream, size, progress, Meter(file))
+            run = _Pass(container, stream, size, Meter(file, progress))
             yield from run.frames(todo, target)
         if not todo or target is None or (attempt and run.is_damaged):
             break
@@ -107,7 +107,7 @@ def read_frames(
 
 def _ticks(file: BinaryIO, limits: DecodeLimits, progress: Progress) -> list[int]:
     with open_video(file, limits) as (container, stream):
-        return demux(container, stream, progress, Meter(file)).ticks
+        return demux(container, stream, Meter(file, progress)).ticks
 
 
 def _todo(wanted: Sequence[int], ranks: Sequence[int] | None, ticks: Sequence[int]) -> _Todo:
@@ -133,7 +133,6 @@ class _Pass:
         container: InputContainer,
         stream: VideoStream,
         size: tuple[int, int],
-        progress: Progress,
         meter: Meter,
     ) -> None:
         self.is_late = False
@@ -142,7 +141,6 @@ class _Pass:
         self._container = container
         self._stream = stream
         self._size = size
-        self._progress = progress
         self._meter = meter
         self._clock = Clock(container, stream)
         self._order = DecodeOrder()
@@ -221,9 +219,7 @@ class _Pass:
         tick: int | None = None
         num_sent = num_out = 0
         try:
-            for packet in self._container.demux(self._stream):
-                self._progress()
-                self._meter.take(packet.size)
+            for packet in self._meter.metered(self._container.demux(self._stream)):
                 if not packet.size or (packet.is_keyframe and num_sent):
                     break
                 if not num_sent and not packet.is_keyframe:
@@ -240,9 +236,7 @@ class _Pass:
 
     def _decoded(self, first_wanted: int | None) -> "Iterator[VideoFrame]":
         try:
-            for packet in self._container.demux(self._stream):
-                self._progress()
-                self._meter.take(packet.size)
+            for packet in self._meter.metered(self._container.demux(self._stream)):
                 tick = self._clock.tick_of(packet) if packet.size else None
                 if not self._has_begun and packet.size:
                     if not packet.is_keyframe:
