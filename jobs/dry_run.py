@@ -5,10 +5,11 @@ import time
 from dataclasses import dataclass, replace
 
 from jobs.claim import load_weights, make_record
+from jobs.cluster import Cluster
 from jobs.plan import Plan, Planner
+from jobs.resources import resources_for
 from jobs.spec import JobSpec
 from pipeline.decode import decode_shard
-from pipeline.graph import choose_resources
 from pipeline.layout import Generation
 from pipeline.records import AnnotatedShard, DecodedShard, ShardSpec, Slice
 from pipeline.sinks.parquet import encode_shard
@@ -114,12 +115,11 @@ def estimate(spec: JobSpec, weights: bytes, plan: Plan, shard: ShardSpec) -> Est
     data = encode_shard(annotated, {}, depth_at_asset_size=at_asset_size)
     # Sizes differ over an archive: what grows with it is the number of pixels.
     scale = plan.num_pixels / (decoded.pixels.size / 3)
-    gpus = _num_gpus()
-    num_cpus = spec.ray.num_cpus or _num_cpus()
-    resources = choose_resources(num_cpus, gpus, spec.ray.max_actors, spec.ray.max_io_tasks)
-    time_s = seconds * scale / resources.max_actors
+    here = Cluster(num_cpus=spec.ray.num_cpus or _num_cpus(), num_gpus=_num_gpus(), embedded=True)
+    num_actors = resources_for(spec.ray, here, plan.num_shards).max_actors
+    time_s = seconds * scale / num_actors
     return Estimate(
-        num_actors=resources.max_actors,
+        num_actors=num_actors,
         frames_per_s=(plan.num_frames - plan.num_known_errors) / max(1e-9, time_s),
         time_s=time_s,
         output_bytes=int(len(data) * scale),

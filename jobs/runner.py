@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jobs.claim import OpenJob, claim_job, reopen_job
-from jobs.cluster import Cluster, check_cluster, connect
+from jobs.cluster import check_cluster, connect
 from jobs.finish import collect_orphans, write_success
 from jobs.generations import History
 from jobs.lease import (
@@ -39,7 +39,7 @@ from pipeline.records import ShardReceipt
 from pipeline.storage import StorageOptions
 
 if TYPE_CHECKING:
-    from pipeline.graph import PendingPart, Resources
+    from pipeline.graph import PendingPart
     from pipeline.stages import StageContext
 
 Outcome = Literal["done", "quarantined", "interrupted"]
@@ -219,6 +219,7 @@ class _Driver:
         return Manifest.load(self.store, self.generation, plan.plan_id, plan.num_shards)
 
     def _compute(self, plan: Plan, manifest: Manifest, missing_pngs: MissingPngs) -> Manifest:
+        from jobs.resources import resources_for
         from pipeline.graph import WeightsFile, run_graph, run_png_graph
 
         say("Starting Ray and the models; the first shard comes after about half a minute.")
@@ -230,7 +231,8 @@ class _Driver:
             context = self._context(plan)
             parts = pending_parts(plan, manifest, backwards=self.lease % 2 == 0)
             if parts:
-                resources = self._resources(cluster, sum(len(part.shard_ids) for part in parts))
+                num_pending = sum(len(part.shard_ids) for part in parts)
+                resources = resources_for(self.job.spec.ray, cluster, num_pending)
                 record = self.job.record
                 weights = WeightsFile(key=record.weights_key, sha256=record.weights_sha256)
                 self._follow(run_graph(context, parts, weights, resources), plan, manifest)
@@ -251,19 +253,6 @@ class _Driver:
                     for _ in _guarded(made, self.store.url):
                         pass
         return manifest
-
-    def _resources(self, cluster: Cluster, num_shards: int) -> "Resources":
-        from pipeline.graph import choose_graph, choose_resources
-
-        wanted = self.job.spec.ray
-        kind = wanted.graph
-        if kind == "auto":
-            kind = choose_graph(cluster.num_gpus, one_machine=cluster.embedded)
-        # A model without a shard would only take memory, and Ray would wonder at it.
-        max_actors = min(wanted.max_actors or num_shards, num_shards)
-        return choose_resources(
-            cluster.num_cpus, cluster.num_gpus, max_actors, wanted.max_io_tasks, kind
-        )
 
     def _follow(self, receipts: Iterator[ShardReceipt], plan: Plan, manifest: Manifest) -> None:
         done = sum(record.num_rows for record in manifest.records())
