@@ -6,9 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING
 
 from tests.simulation.job import simulate, simulation
 from tests.simulation.world import MISHAPS
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
 
 # Without any of these, a run of many seeds would prove little.
 MUST_HAPPEN = (
@@ -61,7 +65,12 @@ def run_on_all_cores(
         range(start, min(start + _CHUNK, first + count))
         for start in range(first, first + count, _CHUNK)
     ]
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.SimpleQueue()
+    allowed = os.sched_getaffinity(0)
+    for core in allowed:
+        cores.put(core)
+    with ProcessPoolExecutor(len(allowed), spawn, _keep_to_a_core, (cores,)) as pool:
         futures = [pool.submit(run_seeds, chunk) for chunk in chunks]
         for done in as_completed(futures):
             if done.cancelled():
@@ -82,6 +91,11 @@ def run_on_all_cores(
                 left_min = (count - counts["seeds"]) / rate / 60
                 say(f"{counts['seeds']:,} seeds, {rate:.0f}/s, {left_min:.0f} min left")
     return counts
+
+
+def _keep_to_a_core(cores: "SimpleQueue[int]") -> None:
+    """One of its threads runs at a time: handing over within a core is a fifth faster."""
+    os.sched_setaffinity(0, {cores.get()})
 
 
 def proof(counts: Counter[str], seconds: float) -> str:
