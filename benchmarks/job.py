@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.model import machine
-from jobs.plan import Planner, make_plan, open_output
+from jobs.planner import Planner, make_plan, open_output
 from jobs.spec import check_spec
 from pipeline.layout import Generation
 from pipeline.records import AnnotatedShard, DecodedShard

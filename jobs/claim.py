@@ -5,15 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.generations import read_plans
-from jobs.plan import (
-    Plan,
-    Planner,
-    check_archive,
-    check_assets,
-    make_plan,
-    open_output,
-    read_plan,
-)
+from jobs.plan import Plan, read_plan
+from jobs.planner import Planner, check_archive, check_assets, make_plan, open_output
 from jobs.progress import say
 from jobs.record import OUTPUT_VERSION, JobRecord, claim_output, read_job
 from jobs.spec import JobSpec, RaySection

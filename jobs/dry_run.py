@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from jobs.claim import load_weights, make_record
 from jobs.cluster import Cluster
-from jobs.plan import Plan, Planner
+from jobs.plan import Plan
+from jobs.planner import Planner
 from jobs.resources import resources_for
 from jobs.spec import JobSpec
 from pipeline.decode import decode_shard

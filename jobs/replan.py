@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from jobs.generations import UNOPENABLE, Frames
-from jobs.plan import Plan, Planner, PlanPart, Reason, faults_of_tar
+from jobs.plan import Plan, PlanPart, Reason
+from jobs.planner import Planner, faults_of_tar
 from jobs.spec import JobSpec
 from pipeline.errors import ErrorKind, StorageError
 from pipeline.records import Asset, Slice

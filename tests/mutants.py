@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from jobs import lease, manifest, plan, runner
+from jobs import lease, manifest, planner, runner
 from jobs.plan import Plan
 from pipeline import commit
 from pipeline.errors import ObjectExistsError, StorageError, StoreUnavailableError
@@ -91,7 +91,7 @@ def put_lease(patch: pytest.MonkeyPatch) -> None:
 
 
 def put_plan(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(plan, "create_once", _put)
+    patch.setattr(planner, "create_once", _put)
 
 
 def sealed_early(patch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo import run_demo
-from jobs.plan import Planner
+from jobs.planner import Planner
 from jobs.spec import check_spec
 from pipeline.encode import decode_class_ids, decode_depth
 from pipeline.geometry import Geometry, input_size

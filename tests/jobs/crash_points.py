@@ -183,19 +183,19 @@ def hurried_clients() -> Iterator[None]:
 @contextmanager
 def _rival_planner() -> Iterator[None]:
     """Let another planner of the same archive fix its plan just before the first one does."""
-    import jobs.plan
+    import jobs.planner
     from jobs.record import read_job
 
-    plain, busy = jobs.plan.create_once, []
+    plain, busy = jobs.planner.create_once, []
 
     def create_once(store: Store, key: str, data: bytes) -> bytes:
         if kind_of(key) == "plan" and not busy:
             busy.append(key)
             spec = read_job(store).job_spec()
-            jobs.plan.make_plan(store, Generation(0), jobs.plan.Planner(spec))
+            jobs.planner.make_plan(store, Generation(0), jobs.planner.Planner(spec))
         return plain(store, key, data)
 
-    with patch("jobs.plan.create_once", create_once):
+    with patch("jobs.planner.create_once", create_once):
         yield
 
 

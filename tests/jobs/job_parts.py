@@ -8,7 +8,8 @@ from jobs.claim import make_record
 from jobs.finish import write_success
 from jobs.generations import read_part
 from jobs.manifest import Manifest
-from jobs.plan import Plan, Planner, make_plan, open_output
+from jobs.plan import Plan
+from jobs.planner import Planner, make_plan, open_output
 from jobs.record import JobRecord, claim_output
 from jobs.spec import JobSpec, check_spec
 from pipeline.decode import DecodeLimits

@@ -21,7 +21,7 @@ import ray.exceptions
 
 import pipeline.decode
 from jobs.cluster import Cluster
-from jobs.plan import Planner
+from jobs.planner import Planner
 from jobs.spec import JobSpec, RaySection
 from pipeline import graph
 from pipeline.graph import PendingPart, Resources, WeightsFile
@@ -61,7 +61,7 @@ class Footage:
     def used(self) -> Iterator[None]:
         """Answer from memory where the planner and the stages would ask a decoding child."""
         with (
-            patch("jobs.plan.probe_assets", self.probe_assets),
+            patch("jobs.planner.probe_assets", self.probe_assets),
             patch("pipeline.stages.decode_shard", self.decode_shard),
         ):
             yield

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.plan import Planner
+from jobs.planner import Planner
 from jobs.spec import JobSpec, check_spec
 from pipeline import decode
 from pipeline.decode import decode_shard

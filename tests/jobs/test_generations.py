@@ -623,7 +623,7 @@ def test_frames_sampled_by_time_come_in_a_retry(call, tmp_path, archive, monkeyp
     for setting in ("geometry.short_side_px=64", "sampling.frames_per_second=20"):
         arguments += ["--set", setting]
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.plan.probe_assets", cut)
+        patch.setattr("jobs.planner.probe_assets", cut)
         assert call("run", *arguments)[0] == 3
     store = open_store(str(tmp_path / "sampled"))
     num_frames = len(outcomes(store))

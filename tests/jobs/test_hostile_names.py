@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.plan import Planner
+from jobs.planner import Planner
 from jobs.spec import check_spec
 from jobs.status import job_status
 from jobs.verify import verify_job

@@ -15,7 +15,7 @@ from jobs import cli
 from jobs.claim import make_record
 from jobs.datasets import open_any_dataset
 from jobs.job_dataset import JobDataset
-from jobs.plan import Planner, make_plan, open_output
+from jobs.planner import Planner, make_plan, open_output
 from jobs.record import claim_output
 from jobs.spec import check_spec
 from pipeline.decode import decode_shard

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from jobs.plan import Planner, gather, make_plan, read_plan
+from jobs.plan import read_plan
+from jobs.planner import Planner, gather, make_plan
 from jobs.spec import check_spec
 from pipeline.errors import UserError
 from pipeline.layout import Generation

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jobs.verify  # noqa: F401 - whose ranges are to be small, too
-from jobs.plan import Planner
+from jobs.planner import Planner
 from jobs.spec import check_spec
 from pipeline.decode import decode_shard, probe_assets
 from pipeline.errors import UserError

@@ -7,7 +7,7 @@ import av
 import pytest
 from PIL import ExifTags, Image
 
-from jobs.plan import Planner
+from jobs.planner import Planner
 from jobs.spec import check_spec
 from pipeline.decode import decode_shard, probe_asset
 from pipeline.records import Asset

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from jobs.plan import Planner, make_plan
+from jobs.planner import Planner, make_plan
 from jobs.spec import check_spec
 from pipeline.decode import DecodeLimits, DecodeWorker, decode_shard
 from pipeline.errors import UserError

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import claim, lease, manifest, plan, runner
+from jobs import claim, lease, manifest, planner, runner
 from jobs.claim import OpenJob, newest_generation
 from jobs.cluster import Cluster
 from jobs.generations import GenerationView, History
@@ -620,9 +620,9 @@ def _here() -> SimulatedJob:
 def simulation() -> Iterator[None]:
     """Everything that ``simulate`` replaces, replaced; put back at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (layout, manifest, plan, runner):
+        for module in (layout, manifest, planner, runner):
             patch.setattr(module, "SHARDS_PER_RANGE", layout.SHARDS_PER_RANGE)
-        for module in (commit, lease, plan):
+        for module in (commit, lease, planner):
             patch.setattr(module, "uuid", SimpleNamespace(uuid4=_uuid))
         clock = SimpleNamespace(monotonic=_now_s, perf_counter=_now_s, sleep=_sleep)
         patch.setattr(stages, "time", clock)
@@ -637,9 +637,9 @@ def simulation() -> Iterator[None]:
         patch.setattr(lease, "asdict", vars)  # the same for plain fields, and 20 times as fast
         patch.setattr(manifest, "pq", _SnapshotTables)
         patch.setattr(manifest, "parse_parquet", _SnapshotTables.parse)
-        patch.setattr(plan, "Planner", _SimulatedPlanner)
+        patch.setattr(planner, "Planner", _SimulatedPlanner)
         patch.setattr(claim, "Planner", _SimulatedPlanner)
-        patch.setattr(plan, "_parquet", _part)
+        patch.setattr(planner, "_parquet", _part)
         patch.setattr(runner, "say", lambda _line: None)
         patch.setattr(runner, "Progress", _QuietProgress)
         patch.setattr(runner, "connect", _connect)
@@ -665,7 +665,7 @@ def simulation() -> Iterator[None]:
 
 
 def _set_shards_per_range(number: int) -> None:
-    for module in (layout, manifest, plan, runner):
+    for module in (layout, manifest, planner, runner):
         module.SHARDS_PER_RANGE = number
 
 
@@ -769,7 +769,7 @@ def _part(shards: Sequence[ShardSpec]) -> bytes:
     return _encoded_part(tuple(shard.shard_id for shard in shards))
 
 
-_real_parquet = plan._parquet
+_real_parquet = planner._parquet
 
 
 @cache
