@@ -31,6 +31,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py bandit
 
 # The slow suite: many kills, long runs, as many as CHAOS_MINUTES (100) allows; prints the table of
 # docs/reliability.md with its figures.

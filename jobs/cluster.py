@@ -26,7 +26,7 @@ from pipeline.errors import JobError, UserError
 # decoded shards as are in work at a time have to fit, and there is a decoding task per core.
 _OBJECT_STORE_BYTES = 1 << 30
 _OBJECT_STORE_BYTES_PER_CPU = 256 << 20
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Ray keeps it, by its own rules
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own choice  # nosec B108
 # A socket's path has 107 bytes, and what Ray adds 65.
 _RAY_FOLDER_BYTES = 42
 _IDLE_WORKER_MS = "600000"
@@ -278,7 +278,7 @@ def _ray_folder() -> str | None:
         return None
     folder = private_folder() / "ray"
     if len(os.fsencode(folder)) > _RAY_FOLDER_BYTES:
-        folder = private_folder(Path("/tmp")) / "ray"  # noqa: S108 - ours alone
+        folder = private_folder(Path("/tmp")) / "ray"  # noqa: S108 - ours alone  # nosec B108
     return str(folder)
 
 
