@@ -20,6 +20,7 @@ from jobs.cli_evaluate import evaluate
 from jobs.cli_model import attention, predict
 from jobs.cli_train import fetch, train
 from pipeline.errors import (
+    JobError,
     ObjectForbiddenError,
     Segformer3dError,
     UserError,
@@ -336,7 +337,13 @@ def _exit_code(outcome: str) -> int:
 def _print(fields: object, as_json: bool, text: str) -> None:
     # A last look: texts are made of what strangers have stored.
     shown = "\n".join(map(without_controls, text.split("\n")))
-    click.echo(json.dumps(fields, indent=2) if as_json else shown)
+    try:
+        click.echo(json.dumps(fields, indent=2) if as_json else shown)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        message = f"standard output cannot be written: {error.strerror}"
+        raise JobError(message) from None
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def new_file(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[Pa
     """A temporary name beside ``path``, which takes its place whole or not at all.
 
     Raises:
-        UserError: If its folder cannot be made.
+        UserError: If it or its folder cannot be made.
         JobError: If it cannot be written.
     """
     try:
@@ -111,9 +111,12 @@ def new_file(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[Pa
     except OSError as error:
         message = f"--output: cannot make the folder {path.parent}: {error.strerror}"
         raise UserError(message) from error
-    temporary: Path | None = None
     try:
         temporary = temporary_beside(path)
+    except OSError as error:
+        message = f"--output: {path} cannot be made: {error.strerror}"
+        raise UserError(message) from error
+    try:
         yield temporary
         if keep():
             temporary.replace(path)
@@ -123,8 +126,7 @@ def new_file(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[Pa
     finally:
         # The first error is the one to tell of.
         with suppress(OSError):
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 class VideoWriter:

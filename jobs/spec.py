@@ -51,6 +51,7 @@ _BRIEFLY.maxlevel, _BRIEFLY.maxstring = 1, 80
 
 # `true` is no number, nor is "3".
 Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
 
 
 class _Section(BaseModel):
@@ -90,7 +91,7 @@ class SamplingSection(_Section):
     """Which frames of a video are annotated; images always are."""
 
     every_nth: Whole = Field(1, ge=1, le=10**9, description="Every n-th frame, from the first.")
-    frames_per_second: float | None = Field(
+    frames_per_second: Number | None = Field(
         None,
         gt=0,
         le=1000,
@@ -166,8 +167,8 @@ class LimitsSection(_Section):
         100_000_000, ge=1, le=2**31, description="Of a frame; above 2**28 is 2**28."
     )
     max_file_bytes: Whole = Field(256 * 2**20, ge=1, le=2**36, description="Of a still image.")
-    deadline_s: float = Field(
-        60.0, gt=0, le=86_400, description="Without a new frame, an input has hung."
+    deadline_s: Number = Field(
+        60.0, ge=0.1, le=86_400, description="Without a new frame, an input has hung."
     )
     memory_bytes: Whole = Field(
         4 * 2**30, ge=2**28, le=2**44, description="Of one decoding process."
@@ -287,10 +288,10 @@ def load_spec(path: str | None, overrides: Sequence[str], flags: dict[str, str |
     fields = _read_yaml(path) if path is not None else {}
     for item in overrides:
         name, equals, value = item.partition("=")
-        if not equals or not name:
-            message = f"--set {item}: write --set section.key=value"
+        if not equals or not all(name.strip().split(".")):
+            message = f"--set {_BRIEFLY.repr(item)}: write --set section.key=value"
             raise UserError(message)
-        _assign(fields, name.strip(), _parse_yaml(value, f"--set {item}"))
+        _assign(fields, name.strip(), _parse_yaml(value, f"--set {name}"))
     for name, given in flags.items():
         if given is not None:
             _assign(fields, name, given)
@@ -309,7 +310,7 @@ def load_ray_section(overrides: Sequence[str]) -> RaySection:
         if not name.startswith("ray."):
             message = f"--set {item}: a job that exists takes only ray.KEY=VALUE"
             raise UserError(message)
-        _assign(fields, name.strip(), _parse_yaml(value, f"--set {item}"))
+        _assign(fields, name.strip(), _parse_yaml(value, f"--set {name}"))
     try:
         return RaySection.model_validate(fields.get("ray", {}))
     except ValidationError as error:
@@ -335,7 +336,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         message = f"{path}: no such job file"
         raise UserError(message) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         message = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
         raise UserError(message) from None
     fields = _parse_yaml(text, path)

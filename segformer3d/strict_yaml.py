@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
 _MAX_NODES = 100_000
+_MAX_DIGITS = 1000
+# To YAML 1.1, `010` is eight and `1:30` is ninety; few people know.
+_SURPRISING = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9_]+(:[0-9_.]+)+")
 
 
 class StrictYamlError(ValueError):
@@ -15,7 +19,33 @@ class StrictYamlError(ValueError):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML would silently take the last; and bombs of aliases."""
+    """Refuses what would surprise: keys that stand twice, tags, odd numbers, bombs of aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"no tags like {event.tag} here", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        self._refuse_surprises(node)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        self._refuse_surprises(node)
+        return super().construct_yaml_float(node)
+
+    def _refuse_surprises(self, node: yaml.ScalarNode) -> None:
+        text = node.value
+        if len(text) > _MAX_DIGITS:
+            message = f"a number of {len(text)} characters"
+        elif _SURPRISING.fullmatch(text):
+            message = f"the number {text} means another one to YAML: write it in decimals"
+        else:
+            return
+        raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -36,6 +66,10 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:

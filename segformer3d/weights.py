@@ -16,7 +16,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -92,11 +92,10 @@ def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
         WeightsError: It is no weights file of this project.
         OSError: The file cannot be read.
     """
-    if isinstance(source, bytes):
-        header = _read_header(BytesIO(source))
-    else:
-        with _path(source).open("rb") as file:
-            header = _read_header(file)
+    with BytesIO(source) if isinstance(source, bytes) else _path(source).open("rb") as file:
+        header = _read_header(file)
+        start = file.tell()
+        num_bytes = file.seek(0, SEEK_END) - start
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict):
         raise WeightsError("damaged, its metadata is no JSON object: fetch it again")
@@ -105,10 +104,12 @@ def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
         raise WeightsError(
             "a safetensors file of another project: convert its folder with `weights import`"
         )
+    _check_length(header, num_bytes)
     try:
         return WeightsInfo.from_dict(json.loads(entry))
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"its description cannot be read by this version: {error}") from error
+        said = str(error) if isinstance(error, ValueError) else "a part is missing or no such value"
+        raise WeightsError(f"its description cannot be read by this version: {said}") from error
 
 
 def load_weights(source: bytes | str | PathLike[str]) -> Segformer3D:
@@ -524,3 +525,15 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise WeightsError("not a safetensors file: convert it with `weights import`") from error
     return header if isinstance(header, dict) else {}
+
+
+def _check_length(header: dict[str, Any], num_bytes: int) -> None:
+    """Whether the tensors that a header tells of can be there."""
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    try:
+        end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+    except (TypeError, ValueError, LookupError) as error:
+        raise WeightsError("damaged, its header is none: fetch it again") from error
+    if end != num_bytes:
+        message = f"damaged, it has {num_bytes} bytes of tensors instead of {end}: fetch it again"
+        raise WeightsError(message)

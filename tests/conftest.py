@@ -102,9 +102,17 @@ def s3_bucket_url(s3_server: str) -> str:
 def moto_server(aws_environment: None) -> Iterator[str]:
     """Endpoint URL of moto's server with buckets ``frames`` and ``out``; it takes any secret."""
     import boto3
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
     from tests.s3_server import BUCKETS, REGION
+
+    # It looks whether a key is there and then writes, and another thread may come in between.
+    one_at_a_time, put_object = threading.Lock(), S3Response.put_object
+
+    def put_alone(response: S3Response) -> object:
+        with one_at_a_time:
+            return put_object(response)
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -114,5 +122,7 @@ def moto_server(aws_environment: None) -> Iterator[str]:
     client = boto3.client("s3", endpoint_url=endpoint_url, region_name=REGION)
     for bucket in BUCKETS:
         client.create_bucket(Bucket=bucket)
-    yield endpoint_url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", put_alone)
+        yield endpoint_url
     server.stop()

@@ -47,7 +47,7 @@ class LocalStore(Store):
 
     def read(self, key: str) -> bytes:
         with self._errors(key), self.open_seekable(key) as file:
-            return file.read()
+            return _read(file)
 
     def read_with_fingerprint(self, key: str) -> tuple[bytes, str]:
         data = self.read(key)
@@ -57,7 +57,7 @@ class LocalStore(Store):
     def read_range(self, key: str, start: int, length: int) -> bytes:
         with self._errors(key), self.open_seekable(key) as file:
             file.seek(start)
-            return file.read(length)
+            return _read(file, length)
 
     def head(self, key: str) -> ObjectInfo | None:
         try:
@@ -139,9 +139,9 @@ class LocalStore(Store):
     def fingerprint(self, key: str) -> str:
         with self._errors(key), self.open_seekable(key) as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            head = file.read(_HASHED_BYTES)
+            head = _read(file, _HASHED_BYTES)
             file.seek(max(0, size_bytes - _HASHED_BYTES))
-            return _fingerprint(size_bytes, head, file.read(_HASHED_BYTES))
+            return _fingerprint(size_bytes, head, _read(file, _HASHED_BYTES))
 
     def _walk(
         self, first: "_Visit", on_error: OnError | None, *, recursive: bool
@@ -279,6 +279,18 @@ def _url(root: str) -> str:
     except UnicodeEncodeError:
         return Path(root).as_uri()
     return root
+
+
+def _read(file: BinaryIO, size: int = -1) -> bytes:
+    """What a file holds; some of the kernel's own look regular, and would make us wait.
+
+    Raises:
+        OSError: If there is nothing now, but there may be later.
+    """
+    data: bytes | None = file.read(size)
+    if data is None:
+        raise BlockingIOError(errno.EAGAIN, "not a regular file: it has no end")
+    return data
 
 
 def _fingerprint(size_bytes: int, head: bytes, tail: bytes) -> str:

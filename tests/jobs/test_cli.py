@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +174,28 @@ def test_weights_show(run, tmp_path):
     code, out, _ = run("weights", "show", path, "--json")
     assert code == 0
     assert json.loads(out)["trained"] is False
+
+
+def test_weights_that_end_early_are_not_shown_as_good(run, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(untrained_weights(TINY)[:-100])
+    assert "bytes of tensors instead of" in complaint(run("weights", "show", path))
+
+
+def test_standard_output_on_a_full_disk(job):
+    finish_job(job)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "status", job.store.url],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "segformer3d: standard output cannot be written: No space left on device\n"
+    )
 
 
 def test_weights_show_sends_a_terminal_nothing_but_text(run, tmp_path):

@@ -437,6 +437,8 @@ def test_an_output_that_cannot_be_written(run, tmp_path):
     assert (code, "cannot make the folder file" in err) == (2, True)
     code, _, err = run(tmp_path / "a.png", "--output", "out.png")
     assert (code, "a_panels.png: cannot be written" in err) == (1, True)
+    code, _, err = run(tmp_path / "a.png", "--output", "/proc/x.png")
+    assert (code, "/proc/x.png cannot be made: " in err) == (2, True)
     assert not list((tmp_path / "work").rglob(".*"))
 
 

@@ -62,6 +62,9 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
         ({**MINIMAL, "limits": {"deadline_s": 1e12}}, "deadline_s"),
         ({**MINIMAL, "limits": {"max_pixels": 10**23}}, "max_pixels"),
         ({**MINIMAL, "shard": {"frames": True}}, r"shard\.frames: .*got True"),
+        ({**MINIMAL, "limits": {"deadline_s": True}}, r"deadline_s: .*got True"),
+        ({**MINIMAL, "limits": {"deadline_s": 1e-9}}, r"deadline_s: .*0\.1"),
+        ({**MINIMAL, "sampling": {"frames_per_second": "2"}}, r"frames_per_second: .*got '2'"),
         ({**MINIMAL, "input": "/a"}, "input: "),
         ([], "the job: "),
         ({"input": {"url": ""}, "output": {"url": "/b"}}, r"input\.url"),
@@ -85,6 +88,14 @@ def test_mistakes_are_named(fields, complaint):
         ("{}", ["shard.frames"], "write --set section.key=value"),
         ("shard: 3", ["shard.frames=3"], "shard is not a section"),
         ("{}", ["shard.frames=["], "not YAML"),
+        ("{}", ["shard.frames=!!int 3"], "no tags like"),
+        ("shard: !!map {frames: 3}", [], "no tags like"),
+        ("shard: {frames: 010}", [], "the number 010 means another one"),
+        ("shard: {frames: 1:30}", [], "the number 1:30 means another one"),
+        ("limits: {deadline_s: 1:30.5}", [], "the number 1:30.5 means another one"),
+        ("shard: {frames: " + "9" * 5000 + "}", [], "a number of 5000 characters"),
+        ("{}", [".=1"], "write --set section.key=value"),
+        ("{}", ["shard.frames" + "x" * 5000], "write --set section.key=value"),
     ],
 )
 def test_mistakes_around_the_file(tmp_path, text, overrides, complaint):
@@ -93,6 +104,15 @@ def test_mistakes_around_the_file(tmp_path, text, overrides, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         load_spec(str(path), overrides, {})
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("input: {url: /a}\noutput: {url: /b}\nlimits: {deadline_s: 2}\n")
+    job = load_spec(str(path), ["sampling.frames_per_second=0.5", "shard.frames=1_0"], {})
+    assert (job.limits.deadline_s, job.sampling.frames_per_second) == (2.0, 0.5)
+    assert job.shard.frames == 10
 
 
 def test_a_missing_or_binary_file(tmp_path):
@@ -101,6 +121,8 @@ def test_a_missing_or_binary_file(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):
         load_spec(str(tmp_path / "binary"), [], {})
+    with pytest.raises(UserError, match="cannot be read"):
+        load_spec("a\0b", [], {})
 
 
 def test_one_place_has_one_name(tmp_path):

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
@@ -399,6 +400,19 @@ class TestLocal:
         with pytest.raises(ObjectNotFoundError, match="not a regular file"):
             store.read("pipe")
         assert store.head("pipe") is None
+
+    def test_what_has_nothing_to_read_now_is_an_error(self, store: Store, tmp_path: Path):
+        # As /proc/kmsg is, through a link: regular to look at, and empty for the moment.
+        ours, theirs = os.openpty()
+        try:
+            terminal = os.open(os.ttyname(theirs), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            (tmp_path / "a").write_bytes(b"x" * 10)
+            opened = patch.object(store, "open_seekable", lambda _: os.fdopen(terminal, "rb"))
+            with opened, pytest.raises(StorageError, match="it has no end"):
+                store.read("a")
+        finally:
+            os.close(ours)
+            os.close(theirs)
 
     @pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "", "a\0b"])
     def test_keys_stay_below_the_root(self, store: Store, key: str):
