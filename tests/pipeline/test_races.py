@@ -13,7 +13,7 @@ from tests.budget import Share
 from tests.racers import GENERATION, PLAN_ID, Report, race
 
 NUM_WRITERS = 16
-NUM_FAST_ROUNDS = 8
+NUM_FAST_ROUNDS = 4
 # Writers of one heat start together, which takes seconds.
 NUM_ROUNDS, NUM_HEATS = 1000, 20
 SHARE = Share(5)
