@@ -1,8 +1,8 @@
 """From a planned shard to its frames, in a child process that may crash or hang.
 
 The child is started once per thread and used again. What an input does to it is told to the
-input's own frames: a crash is tried three times, a hang twice, each in a fresh child, and every
-other frame of the shard is unaffected.
+input's own frames: a crash is tried three times, a hang twice, three times in all, each in a fresh
+child, and every other input of the shard is unaffected.
 """
 
 import mmap
@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -42,7 +42,8 @@ __all__ = ["DecodeLimits", "DecodeWorker", "decode_shard", "probe_asset", "probe
 
 _START_DEADLINE_S = 120.0
 _EXIT_S = 5.0
-_MAX_ATTEMPTS: dict[ErrorKind, int] = {"crash": 3, "timeout": 2}
+_MAX_ATTEMPTS = 3
+_MAX_ATTEMPTS_OF_A_KIND: dict[ErrorKind, int] = {"crash": 3, "timeout": 2}
 _MAX_IDLE_DEATHS = 3
 _MAX_MESSAGE_CHARS = 500
 _INT64 = 1 << 63
@@ -149,7 +150,7 @@ class DecodeWorker:
 
     def _settle(self, ledger: "_ShardLedger | _ProbeLedger", fd: int | None) -> None:
         """Talk to children until every entry of the ledger has its outcome."""
-        deaths: Counter[tuple[int, ErrorKind]] = Counter()
+        deaths: defaultdict[int, Counter[ErrorKind]] = defaultdict(Counter)
         num_idle_deaths = 0
         while todo := ledger.todo():
             death = self._converse(ledger.request(todo), fd, ledger)
@@ -162,8 +163,8 @@ class DecodeWorker:
                     raise JobError(f"the decoding child cannot work: {death.message}")
             else:
                 entry = todo[death.item]
-                deaths[entry, death.kind] += 1
-                if deaths[entry, death.kind] == _MAX_ATTEMPTS[death.kind]:
+                deaths[entry][death.kind] += 1
+                if _are_enough(deaths[entry]):
                     ledger.fail(entry, death)
 
     def _converse(
@@ -198,6 +199,13 @@ class DecodeWorker:
             self.close()
             raise
         return None
+
+
+def _are_enough(deaths: Mapping[ErrorKind, int]) -> bool:
+    """Whether an input at which so many children died of each kind is given up."""
+    return sum(deaths.values()) >= _MAX_ATTEMPTS or any(
+        count >= _MAX_ATTEMPTS_OF_A_KIND[kind] for kind, count in deaths.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

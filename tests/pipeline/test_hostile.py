@@ -136,13 +136,14 @@ if "pipeline.decode_child" in sys.orig_argv:
     from PIL import Image
     folder = Path(__file__).parent
     def spring(data):
-        for word in (b"SEGV", b"HANG", b"BOMB"):
+        for word in (b"SEGV", b"HANG", b"BOMB", b"BOTH"):
             if word in data:
                 with (folder / word.decode()).open("a") as file:
                     file.write("x")
-                if word == b"SEGV":
+                    is_odd = file.tell() % 2
+                if word == b"SEGV" or (word == b"BOTH" and is_odd):
                     os.kill(os.getpid(), signal.SIGSEGV)
-                if word == b"HANG":
+                if word in (b"HANG", b"BOTH"):
                     time.sleep(3600)
                 hoard = [bytearray(1 << 20) for _ in range(100_000)]
     imdecode, opened, av_open = cv2.imdecode, Image.open, av.open
@@ -179,6 +180,10 @@ def tries(traps, word):
     return len(path.read_text()) if path.exists() else 0
 
 
+def deadline_s(word):
+    return 1.0 if word in {b"HANG", b"BOTH"} else 20.0
+
+
 @pytest.mark.parametrize(
     ("name", "word", "kind", "attempts"),
     [
@@ -186,6 +191,7 @@ def tries(traps, word):
         ("b.png", b"SEGV", "crash", 3),
         ("b.png", b"HANG", "timeout", 2),
         ("b.png", b"BOMB", "out_of_memory", 1),
+        ("b.png", b"BOTH", "crash", 3),
     ],
 )
 def test_what_ends_a_probe_costs_that_input_alone(tmp_path, traps, name, word, kind, attempts):
@@ -193,7 +199,7 @@ def test_what_ends_a_probe_costs_that_input_alone(tmp_path, traps, name, word, k
         (tmp_path / good).write_bytes(encode_image(picture(seed=seed), "PNG"))
     (tmp_path / name).write_bytes(b"when probed " + word)
     assets = list_assets(open_store(str(tmp_path))).assets
-    limits = DecodeLimits(deadline_s=1.0 if word == b"HANG" else 20.0, memory_bytes=512 << 20)
+    limits = DecodeLimits(deadline_s=deadline_s(word), memory_bytes=512 << 20)
     with DecodeWorker(limits) as worker:
         probes = worker.probe_assets(str(tmp_path), assets)
     assert [probe.error_kind for probe in probes] == [None, kind, None]
@@ -203,14 +209,15 @@ def test_what_ends_a_probe_costs_that_input_alone(tmp_path, traps, name, word, k
 
 
 @pytest.mark.parametrize(
-    ("word", "kind", "attempts"), [(b"SEGV", "crash", 3), (b"HANG", "timeout", 2)]
+    ("word", "kind", "attempts"),
+    [(b"SEGV", "crash", 3), (b"HANG", "timeout", 2), (b"BOTH", "crash", 3)],
 )
 def test_what_ends_a_decode_is_tried_three_times_at_most(tmp_path, traps, word, kind, attempts):
     for seed, name in enumerate(("a.png", "b.png", "c.png", "d.png")):
         data = encode_image(picture(seed=seed), "PNG")
         (tmp_path / name).write_bytes(data + b"when decoded " + word if name == "b.png" else data)
     assets = list_assets(open_store(str(tmp_path))).assets
-    with DecodeWorker(DecodeLimits(deadline_s=1.0 if word == b"HANG" else 20.0)) as worker:
+    with DecodeWorker(DecodeLimits(deadline_s=deadline_s(word))) as worker:
         probes = worker.probe_assets(str(tmp_path), assets)
         parts = tuple(part for probe in probes for part in slice_asset(probe))
         shard = ShardSpec(
