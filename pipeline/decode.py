@@ -162,10 +162,10 @@ class DecodeWorker:
                 if num_idle_deaths == _MAX_IDLE_DEATHS:
                     raise JobError(f"the decoding child cannot work: {death.message}")
             else:
-                entry = todo[death.item]
-                deaths[entry][death.kind] += 1
-                if _are_enough(deaths[entry]):
-                    ledger.fail(entry, death)
+                place = ledger.place(todo[death.item])
+                deaths[place][death.kind] += 1
+                if _are_enough(deaths[place]):
+                    ledger.fail(place, death)
 
     def _converse(
         self, request: Request, fd: int | None, ledger: "_ShardLedger | _ProbeLedger"
@@ -218,7 +218,10 @@ class _Death:
 
 
 class _ShardLedger:
-    """What is planned, and what became of it; an entry is a slice's place in the shard."""
+    """What is planned, and what became of it; an entry is a slice's place in the shard.
+
+    An input is an asset, however many slices of it there are; its place is its first frame's.
+    """
 
     def __init__(self, spec: ShardSpec, storage: StorageOptions, limits: DecodeLimits) -> None:
         self._spec = spec
@@ -227,8 +230,11 @@ class _ShardLedger:
         # Slot by slot: None without an outcome, an empty tuple for a good frame, or its error.
         self._outcomes: list[tuple[()] | tuple[ErrorKind, str] | None] = []
         self._starts: list[int] = []
+        self._places: list[int] = []
+        first: dict[str, int] = {}
         for part in spec.slices:
             self._starts.append(len(self._outcomes))
+            self._places.append(first.setdefault(part.asset, self._starts[-1]))
             known = part.error_kind and (part.error_kind, part.error or part.error_kind)
             self._outcomes += [known or None] * len(part.frame_index)
 
@@ -254,10 +260,16 @@ class _ShardLedger:
         elif name == "error":
             self._outcomes[slot] = _error_kind(event[2]), _one_line(event[3])
 
-    def fail(self, entry: int, death: _Death) -> None:
-        """Give up what is left of a slice."""
-        for slot in self._left(entry):
-            self._outcomes[slot] = death.kind, death.message
+    def place(self, entry: int) -> int:
+        """Which input a slice is of."""
+        return self._places[entry]
+
+    def fail(self, place: int, death: _Death) -> None:
+        """Give up what is left of an input, in all its slices."""
+        for entry in self.todo():
+            if self._places[entry] == place:
+                for slot in self._left(entry):
+                    self._outcomes[slot] = death.kind, death.message
 
     def shard(self, fd: int) -> DecodedShard:
         """All frames, and the pixels of the good ones moved together."""
@@ -332,9 +344,13 @@ class _ProbeLedger:
             _check_sense(probe)
             self._probes[entry] = probe
 
-    def fail(self, entry: int, death: _Death) -> None:
+    def place(self, entry: int) -> int:
+        """Which input an asset is: itself."""
+        return entry
+
+    def fail(self, place: int, death: _Death) -> None:
         """Give up an asset."""
-        self._set_error(entry, death.kind, death.message)
+        self._set_error(place, death.kind, death.message)
 
     def probes(self) -> list[AssetProbe]:
         """One per asset, in order."""

@@ -266,6 +266,13 @@ if "pipeline.decode_child" in sys.orig_argv:
             bytearray(1 << 29)
         return imdecode(buffer, flags)
     cv2.imdecode = trapped
+    if Path(__file__).with_name("videos").exists():
+        from pipeline.sources import video_frames
+        def read_frames(*_, **__):
+            with Path(__file__).with_name("videos").open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGSEGV)
+        video_frames.read_frames = read_frames
 """
 
 
@@ -274,6 +281,7 @@ def traps(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("traps")
     (folder / "sitecustomize.py").write_text(TRAPS)
     monkeypatch.syspath_prepend(str(folder))
+    return folder
 
 
 def trap(folder, name, word):
@@ -304,6 +312,21 @@ def test_what_an_input_does_to_the_child_is_its_own_affair(tmp_path, traps, word
     assert np.array_equal(decoded.pixels[0], resize(picture(), SIZE))
     if word == b"CRASH":
         assert "SIGSEGV" in decoded.frames[1].error
+
+
+def test_a_video_of_several_slices_is_tried_three_times_in_all(tmp_path, traps):
+    write_images(tmp_path, "a.png", "c.png")
+    write_video(tmp_path / "b.mp4", num_frames=20, gop=5)
+    with DecodeWorker() as worker:
+        first, *slices, last = slices_of(tmp_path, worker, target_frames=5)
+    assert len(slices) == 4
+    (traps / "videos").touch()
+    with DecodeWorker() as worker:
+        decoded = worker.decode_shard(shard(tmp_path, [*slices[:2], first, *slices[2:], last]))
+    assert kinds(decoded) == ["crash"] * 10 + [None] + ["crash"] * 10 + [None]
+    assert {f.error for f in decoded.frames} == {None, "the decoder was ended by SIGSEGV"}
+    assert (traps / "videos").read_text() == "xxx"
+    assert len(decoded.pixels) == 2
 
 
 def test_a_stopped_child_counts_as_hanging(tmp_path):
