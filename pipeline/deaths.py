@@ -1,6 +1,9 @@
-"""Which frames have killed the process that holds the model, counted so that no restart forgets it.
+"""Which inputs have killed a process, counted so that no restart forgets it.
 
-A process notes on its machine's own disk what it is about to do, under a lock that ends with it.
+A decoding child's parent outlives it and makes each death an object of the job, beside which it
+finds those that happened under earlier parents. The process that holds the model has nobody.
+
+It notes on its machine's own disk what it is about to do, under a lock that ends with it.
 Whoever starts there next finds notes without a lock: their writers died at what these say. Each
 such death becomes an object of the job, ``attempts/shard-.../...``. A machine or a driver that goes
 as a whole takes its notes along, or leaves them under another lease, and accuses nobody.
@@ -30,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import ErrorKind
-from pipeline.layout import DeathPlace, Generation, death_of
+from pipeline.layout import DeathPlace, Generation, death_of, decode_death_of
 from pipeline.records import DecodedShard, canonical_json
 from pipeline.storage import Store
 
@@ -150,6 +153,37 @@ class Journal:
                     key = self._generation.death_key(shard_id, place, attempt)
                     self._store.put(key, canonical_json(about))
                 path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTally:
+    """Counts the deaths of decoding children at one shard's inputs, whoever was their parent.
+
+    Nothing is asked of the store before the first death.
+
+    Attributes:
+        store: The job's store.
+        generation: The generation that is being made.
+        lease: The driver's lease.
+        shard_id: The shard.
+    """
+
+    store: Store
+    generation: Generation
+    lease: int
+    shard_id: int
+
+    def __call__(self, place: int, kind: ErrorKind) -> Counter[ErrorKind]:
+        """Note a death at the input whose first frame has that place; all at it, by kind.
+
+        Raises:
+            StorageError: If it cannot be noted, or the earlier ones not be listed.
+        """
+        key = self.generation.decode_death_key(self.shard_id, place, kind, uuid.uuid4().hex)
+        self.store.put(key, canonical_json({"host": socket.gethostname(), "lease": self.lease}))
+        items = self.store.list(self.generation.shard_attempts_prefix(self.shard_id))
+        deaths = (decode_death_of(item.key) for item in items)
+        return Counter(death[1] for death in deaths if death is not None and death[0] == place)
 
 
 def spare(shard: DecodedShard, deaths: Deaths) -> DecodedShard:

@@ -2,7 +2,8 @@
 
 The child is started once per thread and used again. What an input does to it is told to the
 input's own frames: a crash is tried three times, a hang twice, three times in all, each in a fresh
-child, and every other input of the shard is unaffected.
+child, and every other input of the shard is unaffected. Whoever decodes for a job says how these
+deaths are counted, so that no restart forgets them; everybody else counts those of one call.
 """
 
 import mmap
@@ -14,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -38,7 +39,11 @@ from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.sources.capture import Capture
 from pipeline.storage import StorageOptions
 
-__all__ = ["DecodeLimits", "DecodeWorker", "decode_shard", "probe_asset", "probe_assets"]
+__all__ = ["DecodeLimits", "DecodeWorker", "Tally", "decode_shard", "probe_asset", "probe_assets"]
+
+# Told of a death at an input, by the place of its first frame in the shard, and the death's kind:
+# how many of each kind there were at it so far.
+Tally = Callable[[int, ErrorKind], Mapping[ErrorKind, int]]
 
 _START_DEADLINE_S = 120.0
 _EXIT_S = 5.0
@@ -52,7 +57,10 @@ _LAST_INSTANT_US = 253_402_300_799_999_999
 
 
 def decode_shard(
-    spec: ShardSpec, storage: StorageOptions | None = None, limits: DecodeLimits | None = None
+    spec: ShardSpec,
+    storage: StorageOptions | None = None,
+    limits: DecodeLimits | None = None,
+    tally: Tally | None = None,
 ) -> DecodedShard:
     """Decode a shard with this thread's own worker.
 
@@ -62,12 +70,13 @@ def decode_shard(
         spec: The shard.
         storage: How to reach the archive.
         limits: Bounds of the decoder.
+        tally: Counts the deaths at each input; None counts those of this call.
 
     Raises:
         UserError: The archive's URL cannot be opened.
         JobError: The child cannot be started.
     """
-    return _thread_worker(limits or DecodeLimits()).decode_shard(spec, storage)
+    return _thread_worker(limits or DecodeLimits()).decode_shard(spec, storage, tally)
 
 
 def probe_assets(
@@ -132,12 +141,14 @@ class DecodeWorker:
             self._child.end()
             self._child = None
 
-    def decode_shard(self, spec: ShardSpec, storage: StorageOptions | None = None) -> DecodedShard:
+    def decode_shard(
+        self, spec: ShardSpec, storage: StorageOptions | None = None, tally: Tally | None = None
+    ) -> DecodedShard:
         """As the function of that name."""
         size = spec.input_width_px, spec.input_height_px
         with _memory_file(spec.num_frames * size[0] * size[1] * 3) as fd:
             ledger = _ShardLedger(spec, storage or StorageOptions(), self.limits)
-            self._settle(ledger, fd)
+            self._settle(ledger, fd, tally or _tally_of_one_call())
             return ledger.shard(fd)
 
     def probe_assets(
@@ -145,12 +156,11 @@ class DecodeWorker:
     ) -> list[AssetProbe]:
         """As the function of that name."""
         ledger = _ProbeLedger(root, assets, storage or StorageOptions(), self.limits)
-        self._settle(ledger, None)
+        self._settle(ledger, None, _tally_of_one_call())
         return ledger.probes()
 
-    def _settle(self, ledger: "_ShardLedger | _ProbeLedger", fd: int | None) -> None:
+    def _settle(self, ledger: "_ShardLedger | _ProbeLedger", fd: int | None, tally: Tally) -> None:
         """Talk to children until every entry of the ledger has its outcome."""
-        deaths: defaultdict[int, Counter[ErrorKind]] = defaultdict(Counter)
         num_idle_deaths = 0
         while todo := ledger.todo():
             death = self._converse(ledger.request(todo), fd, ledger)
@@ -163,8 +173,7 @@ class DecodeWorker:
                     raise JobError(f"the decoding child cannot work: {death.message}")
             else:
                 place = ledger.place(todo[death.item])
-                deaths[place][death.kind] += 1
-                if _are_enough(deaths[place]):
+                if _are_enough(tally(place, death.kind)):
                     ledger.fail(place, death)
 
     def _converse(
@@ -199,6 +208,16 @@ class DecodeWorker:
             self.close()
             raise
         return None
+
+
+def _tally_of_one_call() -> Tally:
+    deaths: defaultdict[int, Counter[ErrorKind]] = defaultdict(Counter)
+
+    def count(place: int, kind: ErrorKind) -> Mapping[ErrorKind, int]:
+        deaths[place][kind] += 1
+        return deaths[place]
+
+    return count
 
 
 def _are_enough(deaths: Mapping[ErrorKind, int]) -> bool:

@@ -85,7 +85,10 @@ def main() -> None:
 
 
 def _confine(memory_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Sent to a whole group, they are meant for who leads it, whose end is ours. A death of them
+    # would be laid to an input.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, ceiling = resource.getrlimit(resource.RLIMIT_DATA)

@@ -9,9 +9,13 @@ from typing import Literal
 
 import xxhash
 
+from pipeline.errors import ErrorKind
+
 # Where in a shard a process died: at a frame's place, in the shard as a whole, or, once its frames
 # went one by one, between two of them.
 DeathPlace = int | Literal["shard", "between"]
+# What a decoding child dies of.
+DECODE_DEATHS: tuple[ErrorKind, ...] = ("crash", "timeout")
 
 LAYOUT_VERSION = 1
 SHARDS_PER_RANGE = 1000
@@ -40,6 +44,9 @@ _MAX_STEM_BYTES = 800
 _CUT = re.compile(r"~[0-9a-f]{32}\Z")
 _SHARD = re.compile(r"/shard-(\d{8,})(?:\.json)?$")
 _DEATH = re.compile(r"/shard-(\d{8,})/(?:(shard|between)|frame-(\d{6,}))-[0-9a-f]{32}\.json$")
+_DECODE_DEATH = re.compile(
+    rf"/shard-\d{{8,}}/decode-(\d{{6,}})-({'|'.join(DECODE_DEATHS)})-[0-9a-f]{{32}}\.json$"
+)
 _DATA = re.compile(r"/shard-(\d{8})-([0-9a-f]{32})\.parquet$")
 
 
@@ -90,13 +97,21 @@ class Generation:
 
     @property
     def attempts_prefix(self) -> str:
-        """Folder of the attempts at which the model's process died."""
+        """Folder of the attempts at which the model's process or a decoding child died."""
         return f"{self.prefix}attempts/"
 
+    def shard_attempts_prefix(self, shard_id: int) -> str:
+        """Folder of such attempts at one shard."""
+        return f"{self.attempts_prefix}shard-{shard_id:08d}/"
+
     def death_key(self, shard_id: int, place: DeathPlace, attempt: str) -> str:
-        """Key of one such death."""
+        """Key of one death of the model's process."""
         at = f"frame-{place:06d}" if isinstance(place, int) else place
-        return f"{self.attempts_prefix}shard-{shard_id:08d}/{at}-{attempt}.json"
+        return f"{self.shard_attempts_prefix(shard_id)}{at}-{attempt}.json"
+
+    def decode_death_key(self, shard_id: int, place: int, kind: ErrorKind, attempt: str) -> str:
+        """Key of one death of a decoding child, at the input whose first frame has that place."""
+        return f"{self.shard_attempts_prefix(shard_id)}decode-{place:06d}-{kind}-{attempt}.json"
 
     def plan_part_key(self, planner: str, part: int) -> str:
         """Key of one part of a plan; ``planner`` is unique to one planning process."""
@@ -148,12 +163,20 @@ def attempt_of(key: str) -> tuple[int, str] | None:
 
 
 def death_of(key: str) -> tuple[int, DeathPlace] | None:
-    """Shard and place in the name of a death; None for any other key."""
+    """Shard and place in the name of a death of the model's process; None for any other key."""
     match = _DEATH.search(key)
     if match is None:
         return None
     whole: DeathPlace = "between" if match[2] == "between" else "shard"
     return int(match[1]), whole if match[3] is None else int(match[3])
+
+
+def decode_death_of(key: str) -> tuple[int, ErrorKind] | None:
+    """Place and kind in the name of a decoding child's death; None for any other key."""
+    match = _DECODE_DEATH.search(key)
+    if match is None:
+        return None
+    return int(match[1]), next(kind for kind in DECODE_DEATHS if kind == match[2])
 
 
 def png_stem(asset: str, frame_index: int, *, is_video: bool) -> str:

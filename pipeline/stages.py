@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from pipeline.commit import commit_attempt
-from pipeline.deaths import Deaths, Journal, spare
+from pipeline.deaths import Deaths, DecodeTally, Journal, spare
 from pipeline.decode import DecodeLimits, decode_shard
 from pipeline.errors import ErrorKind
 from pipeline.layout import DeathPlace, Generation, cancel_key
@@ -111,7 +111,13 @@ class DecodeShard:
         if store.head(self.context.layout.commit_key(spec.shard_id)) is not None:
             return _nothing("pixels")
         started = time.perf_counter()
-        decoded = decode_shard(spec, self.context.archive_storage, self.context.limits)
+        tally = DecodeTally(
+            store=store,
+            generation=self.context.layout,
+            lease=self.context.lease,
+            shard_id=spec.shard_id,
+        )
+        decoded = decode_shard(spec, self.context.archive_storage, self.context.limits, tally)
         return replace(decoded, decode_s=time.perf_counter() - started).to_table()
 
 

@@ -40,6 +40,7 @@ _KINDS = (
     (r"png/.*", "png"),
     (r"gen-\d+/plan/part-.*", "plan part"),
     (r"gen-\d+/plan/plan\.json", "plan"),
+    (r"gen-\d+/attempts/.*", "death"),
     (r"gen-\d+/data/.*", "data"),
     (r"gen-\d+/commit/.*", "commit record"),
     (r"gen-\d+/png-done/.*", "png marker"),

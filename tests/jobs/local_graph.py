@@ -76,10 +76,14 @@ class Footage:
         return [self.probes[asset] for asset in assets]
 
     def decode_shard(
-        self, spec: ShardSpec, storage: StorageOptions, limits: DecodeLimits
+        self,
+        spec: ShardSpec,
+        storage: StorageOptions,
+        limits: DecodeLimits,
+        tally: pipeline.decode.Tally | None = None,
     ) -> DecodedShard:
         if spec not in self.shards:
-            self.shards[spec] = pipeline.decode.decode_shard(spec, storage, limits)
+            self.shards[spec] = pipeline.decode.decode_shard(spec, storage, limits, tally)
         return self.shards[spec]
 
     def save(self, path: Path) -> Path:

@@ -1,5 +1,7 @@
 """Inputs that were made to hurt: what they cost is bounded, and theirs alone."""
 
+import os
+import signal
 import struct
 import time
 
@@ -7,15 +9,19 @@ import numpy as np
 import pytest
 
 from pipeline import decode
+from pipeline.deaths import Deaths, DecodeTally, Journal
 from pipeline.decode import DecodeLimits, DecodeWorker
 from pipeline.errors import InputError
 from pipeline.geometry import resize
-from pipeline.records import Asset, ShardSpec, Slice
+from pipeline.layout import Generation
+from pipeline.records import Asset, DecodedShard, ShardSpec, Slice, shards_to_table
 from pipeline.sources import video
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import slice_asset
 from pipeline.sources.video import probe_video
-from pipeline.storage import open_store
+from pipeline.stages import DecodeShard, StageContext
+from pipeline.storage import StorageOptions, open_store
+from pipeline.storage.local import LocalStore
 from tests.media import encode_image, picture, write_video
 
 LIMITS = DecodeLimits()
@@ -208,23 +214,96 @@ def test_what_ends_a_probe_costs_that_input_alone(tmp_path, traps, name, word, k
     assert (part.frame_index, part.error_kind) == ((-1,), kind)
 
 
+def shard_with(folder, word):
+    """A shard of four pictures, of which the second one holds a word."""
+    folder.mkdir(exist_ok=True)
+    parts = []
+    for seed, name in enumerate(("a.png", "b.png", "c.png", "d.png")):
+        data = encode_image(picture(seed=seed), "PNG") + (word if name == "b.png" else b"")
+        (folder / name).write_bytes(data)
+        parts.append(
+            Slice(asset=name, kind="image", size_bytes=len(data), etag="", width=96, height=64)
+        )
+    return ShardSpec(
+        shard_id=0, root=str(folder), input_width_px=64, input_height_px=32, slices=tuple(parts)
+    )
+
+
 @pytest.mark.parametrize(
     ("word", "kind", "attempts"),
     [(b"SEGV", "crash", 3), (b"HANG", "timeout", 2), (b"BOTH", "crash", 3)],
 )
 def test_what_ends_a_decode_is_tried_three_times_at_most(tmp_path, traps, word, kind, attempts):
-    for seed, name in enumerate(("a.png", "b.png", "c.png", "d.png")):
-        data = encode_image(picture(seed=seed), "PNG")
-        (tmp_path / name).write_bytes(data + b"when decoded " + word if name == "b.png" else data)
-    assets = list_assets(open_store(str(tmp_path))).assets
+    shard = shard_with(tmp_path, b"when decoded " + word)
     with DecodeWorker(DecodeLimits(deadline_s=deadline_s(word))) as worker:
-        probes = worker.probe_assets(str(tmp_path), assets)
-        parts = tuple(part for probe in probes for part in slice_asset(probe))
-        shard = ShardSpec(
-            shard_id=0, root=str(tmp_path), input_width_px=64, input_height_px=32, slices=parts
-        )
         decoded = worker.decode_shard(shard)
     assert [frame.error_kind for frame in decoded.frames] == [None, kind, None, None]
     assert tries(traps, word) == attempts <= 3
     for got, seed in zip(decoded.pixels, (0, 2, 3), strict=True):
         assert np.array_equal(got, resize(picture(seed=seed), SIZE))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path / "job"), create=True)
+
+
+def stage(store, lease):
+    context = StageContext(
+        job_url=store.url,
+        job_storage=StorageOptions(),
+        archive_storage=StorageOptions(),
+        generation=0,
+        plan_id="plan",
+        lease=lease,
+        metadata={},
+        limits=DecodeLimits(),
+    )
+    return DecodeShard(context)
+
+
+def test_deaths_at_an_input_are_counted_over_all_drivers(tmp_path, traps, store, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    table = shards_to_table([shard_with(tmp_path / "archive", b"when decoded SEGV")])
+    # Of two drivers that were killed at the attempt after that; and at other inputs.
+    for lease, shard_id, place in ((1, 0, 1), (2, 0, 1), (1, 0, 2), (1, 0, 2), (1, 1, 1)):
+        DecodeTally(store=store, generation=Generation(), lease=lease, shard_id=shard_id)(
+            place, "crash"
+        )
+    decoded = DecodedShard.from_table(stage(store, lease=3)(table))
+    assert [frame.error_kind for frame in decoded.frames] == [None, "crash", None, None]
+    assert tries(traps, b"SEGV") == 1
+    # The model has nothing to do with that.
+    assert Journal(store, Generation(), 3).deaths(0) == Deaths()
+
+
+def test_hangs_at_an_input_are_counted_over_all_drivers(store):
+    tally = DecodeTally(store=store, generation=Generation(), lease=1, shard_id=0)
+    assert tally(1, "timeout") == {"timeout": 1}
+    assert tally(2, "timeout") == {"timeout": 1}
+    assert tally(1, "crash") == {"timeout": 1, "crash": 1}
+    later = DecodeTally(store=store, generation=Generation(), lease=2, shard_id=0)
+    assert later(1, "timeout") == {"timeout": 2, "crash": 1}
+
+
+def test_a_shard_without_deaths_costs_no_request(tmp_path, store, monkeypatch):
+    shard = shard_with(tmp_path / "archive", b"")
+
+    def refuse(*_, **__):
+        raise AssertionError
+
+    for name in ("put", "create", "list"):
+        monkeypatch.setattr(LocalStore, name, refuse)
+    decoded = DecodedShard.from_table(stage(store, lease=1)(shards_to_table([shard])))
+    assert [frame.error_kind for frame in decoded.frames] == [None] * 4
+
+
+def test_a_signal_to_the_whole_group_is_no_death_of_an_input(tmp_path):
+    shard = shard_with(tmp_path, b"")
+    with DecodeWorker() as worker:
+        worker.decode_shard(shard)
+        pid = worker.pid
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+        worker.decode_shard(shard)
+        assert worker.pid == pid

@@ -7,6 +7,8 @@ from pipeline.layout import (
     PNG_DEPTH_SUFFIX,
     Generation,
     attempt_of,
+    death_of,
+    decode_death_of,
     png_stem,
     shard_of,
 )
@@ -30,6 +32,12 @@ def test_names_read_back():
     assert attempt_of(generation.data_key(7, ATTEMPT)) == (7, ATTEMPT)
     assert attempt_of("gen-0000/data/other.parquet") is None
     assert shard_of("gen-0000/commit/00000/x.json") is None
+    frame, whole = (generation.death_key(7, place, ATTEMPT) for place in (12, "shard"))
+    decoding = generation.decode_death_key(7, 12, "timeout", ATTEMPT)
+    assert [death_of(key) for key in (frame, whole, decoding)] == [(7, 12), (7, "shard"), None]
+    assert [decode_death_of(key) for key in (frame, whole)] == [None, None]
+    assert decode_death_of(decoding) == (12, "timeout")
+    assert decoding.startswith(generation.shard_attempts_prefix(7))
 
 
 def test_png_names_mirror_the_archive():
