@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,6 +47,8 @@ _CPU_ACTOR_CPUS = 0.75
 # process takes two, and a shard that waits for its turn one for each death before it. Who needs
 # them all dies without having noted at what.
 _MAX_SHARD_RETRIES = 100
+# Of a task whose worker dies; Ray Data would try it for ever.
+_TASK: dict[str, Any] = {"num_cpus": _IO_TASK_CPUS, "max_retries": _MAX_SHARD_RETRIES}
 _EXIT_DEVICE_LOST = 70
 # While one is in the model, the next is decoded, and the one before it is published.
 _FUSED_SHARDS_PER_ACTOR = 2
@@ -171,8 +173,8 @@ def build_graph(
         _ReadPlan(context),
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=_IO_TASK_CPUS,
         concurrency=1,
+        **_TASK,
     )
     if resources.graph == "fused":
         return _in_actors(plan, _WholeActor, context, weights, resources)
@@ -181,8 +183,8 @@ def build_graph(
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        num_cpus=_IO_TASK_CPUS,
         concurrency=resources.max_io_tasks,
+        **_TASK,
     )
     actor = _ThreadedActor if resources.gpus_per_actor else _AnnotateActor
     return _in_actors(decoded, actor, context, weights, resources).map_batches(
@@ -190,8 +192,8 @@ def build_graph(
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        num_cpus=_IO_TASK_CPUS,
         concurrency=resources.max_io_tasks,
+        **_TASK,
     )
 
 
@@ -258,7 +260,7 @@ def run_png_graph(
     _configure_ray_data()
     items = [dict(zip(("shard_id", "key", "sha256"), item, strict=True)) for item in data]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _WritePngs(context), batch_size=1, batch_format="pyarrow", num_cpus=_IO_TASK_CPUS
+        _WritePngs(context), batch_size=1, batch_format="pyarrow", **_TASK
     )
     yield from _receipts(dataset)
 
