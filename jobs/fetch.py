@@ -173,13 +173,23 @@ class _Fetch:
         )
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Whoever redirects has answered; where to is not asked, it may be a neighbour of ours."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Nowhere."""
+
+
 def _trouble(endpoint: str) -> str | None:
-    """Why the hub cannot be reached, if so: its library tries for half a minute to find out."""
+    """Why the hub cannot be reached, if so: its library tries for half a minute to find out.
+
+    Its host is the user's choice, and so are proxies, which the library uses too.
+    """
     if not endpoint.startswith(("http://", "https://")):
         return "no http(s) URL"
     request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310  the user's endpoint
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S):  # noqa: S310  # nosec B310
+        with urllib.request.build_opener(_NoRedirects).open(request, timeout=_ANSWER_S):
             return None
     except urllib.error.HTTPError:
         return None  # it answered

@@ -60,6 +60,8 @@ def serve(host: str = "127.0.0.1") -> Iterator[WebServer]:
             else:
                 self.send_error(404)
 
+        do_HEAD = do_GET  # noqa: N815 - of what redirects or is missing, which has no body
+
         def log_message(self, *_: object) -> None:
             """Quiet."""
 

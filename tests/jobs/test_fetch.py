@@ -3,14 +3,16 @@
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from jobs import cli
-from jobs.fetch import fetch_weights
+from jobs.fetch import _trouble, fetch_weights
 from pipeline.errors import JobError, UserError
+from tests.web_server import serve
 
 NAME = "tiny/segformer"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -163,6 +165,15 @@ def test_another_architecture_is_refused(cache, published, tmp_path):
         pytest.raises(UserError, match=r"on the hub: config\.json names"),
     ):
         fetch_weights(NAME, str(tmp_path / "x"), endpoint=address)
+
+
+def test_a_hub_that_redirects_has_answered_and_its_target_is_not_asked(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with serve() as hub, serve("127.0.0.2") as neighbour:
+        hub.redirects["/"] = f"{neighbour.url}/latest/meta-data"
+        assert _trouble(f"{hub.url}/") is None
+        assert (hub.asked, neighbour.asked) == (["/"], [])
 
 
 def test_without_a_network_one_line_says_how_to_do_it_by_hand(cache, tmp_path, monkeypatch, capsys):

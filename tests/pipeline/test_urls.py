@@ -1,6 +1,10 @@
 """Which URLs are refused, what the web is, and that no credential is shown."""
 
+import email
+import io
 import socket
+from urllib.error import URLError
+from urllib.request import Request
 
 import pytest
 
@@ -222,6 +226,27 @@ def test_a_redirect_within_the_public_web_is_followed(server, loopback_is_public
     assert read_web(f"{server.url}/x", 100) == b"data"
     with pytest.raises(StorageError, match="answers 302"):
         read_web(f"{server.url}/round", 100)
+
+
+@pytest.mark.parametrize(
+    ("target", "is_followed"), [("http://8.8.8.8/x", False), ("https://8.8.8.8/x", True)]
+)
+def test_a_redirect_that_gives_up_encryption_is_not_followed(target, is_followed):
+    """Asked of the opener itself: a server with a certificate that is trusted is not at hand."""
+    answer = io.BytesIO()
+    headers = email.message_from_string(f"Location: {target}\n\n")
+    asked = []
+    opener = web._opener()
+    opener.open = lambda request, **_: asked.append(request.full_url) or answer
+    request = Request("https://8.8.8.8/x")
+    request.timeout = 1.0
+    if is_followed:
+        opener.error("http", request, answer, 302, "Found", headers)
+    else:
+        with pytest.raises(URLError, match="from https to http"):
+            opener.error("http", request, answer, 302, "Found", headers)
+    assert asked == [target] * is_followed
+    assert answer.closed
 
 
 def test_proxies_and_passwords_of_the_environment_are_not_used(
