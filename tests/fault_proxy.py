@@ -56,6 +56,15 @@ class FaultProxy(ThreadingHTTPServer):
         self._rng = random.Random(0)
         self._share = 0.0
         self._requests_left: int | None = None
+        self._forbidden: frozenset[str] = frozenset()
+
+    def forbid(self, *paths: str) -> None:
+        """Deny access to these paths of the server and no others, for good."""
+        self._forbidden = frozenset(paths)
+
+    def is_forbidden(self, path: str) -> bool:
+        """Whether access to a path is denied; its query does not count."""
+        return path.partition("?")[0] in self._forbidden
 
     def expire_after(self, num_requests: int | None) -> None:
         """Refuse all requests as of expired credentials once so many are through."""
@@ -129,6 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.is_forbidden(self.path):
+            self._refuse(403, "AccessDenied")
+            return
         fault, takes_effect, delay_s = self.server.draw(
             self.command, conditional="If-None-Match" in self.headers
         )

@@ -1,11 +1,33 @@
-"""Annotated shards made by hand, for tests of what comes after the model."""
+"""Shards made by hand, for tests of the model's stage and of what comes after it."""
+
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from pipeline.records import AnnotatedShard, Certainty, FrameRecord
+from pipeline.records import AnnotatedShard, Certainty, DecodedShard, FrameRecord
 from segformer3d.config import METRIC_DEPTH
 
 SIZE = (96, 64)
+
+
+def grey_shard(values: Sequence[int], bad: Collection[int] = ()) -> DecodedShard:
+    """A frame of one grey value each, but for those that were not decoded."""
+    frames = tuple(
+        FrameRecord(
+            asset=f"{place}.jpg",
+            frame_index=0,
+            pts_s=None,
+            width=SIZE[0],
+            height=SIZE[1],
+            error_kind="corrupt" if place in bad else None,
+            error="bad" if place in bad else None,
+        )
+        for place in range(len(values))
+    )
+    good = [value for place, value in enumerate(values) if place not in bad]
+    width, height = SIZE
+    pixels = np.repeat(np.array(good, np.uint8), height * width * 3)
+    return DecodedShard(shard_id=7, frames=frames, pixels=pixels.reshape(-1, height, width, 3))
 
 
 def annotated_shard(

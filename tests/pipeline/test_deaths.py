@@ -4,22 +4,21 @@ import os
 import signal
 import tempfile
 
-import numpy as np
 import pytest
 import torch
 
 from pipeline.deaths import Deaths, Journal, spare
 from pipeline.decode import DecodeLimits
 from pipeline.layout import Generation, death_of
-from pipeline.records import AnnotatedShard, DecodedShard, FrameRecord
+from pipeline.records import AnnotatedShard
 from pipeline.stages import AnnotateShard, StageContext
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY
 from tests.predictions import assert_same_class_ids
+from tests.shards import grey_shard
 
 LAYOUT = Generation()
-SIZE = (64, 96)
 
 
 @pytest.fixture(autouse=True)
@@ -141,27 +140,8 @@ def test_who_takes_the_folder_s_name_stops_no_count(store, tmp_path, target):
     assert list(elsewhere.iterdir()) == []
 
 
-def shard_of(values, bad=()):
-    """A frame of one grey value each, but for those that were not decoded."""
-    frames = tuple(
-        FrameRecord(
-            asset=f"{place}.jpg",
-            frame_index=0,
-            pts_s=None,
-            width=SIZE[1],
-            height=SIZE[0],
-            error_kind="corrupt" if place in bad else None,
-            error="bad" if place in bad else None,
-        )
-        for place in range(len(values))
-    )
-    good = [value for place, value in enumerate(values) if place not in bad]
-    pixels = np.repeat(np.array(good, np.uint8), SIZE[0] * SIZE[1] * 3).reshape(-1, *SIZE, 3)
-    return DecodedShard(shard_id=7, frames=frames, pixels=pixels)
-
-
 def test_only_the_guilty_are_spared_and_the_rest_keep_their_pixels():
-    shard = shard_of([10, 20, 30, 40, 50], bad=(1,))
+    shard = grey_shard([10, 20, 30, 40, 50], bad=(1,))
     assert spare(shard, Deaths(at_frame=((2, 1),), between=2)) is shard
     spared = spare(shard, Deaths(at_frame=((2, 2), (3, 1)), in_whole=1))
     assert [frame.error_kind for frame in spared.frames] == [None, "corrupt", "crash", None, None]
@@ -169,7 +149,7 @@ def test_only_the_guilty_are_spared_and_the_rest_keep_their_pixels():
     none_left = spare(shard, Deaths(between=3))
     kinds = ["crash", "corrupt", "crash", "crash", "crash"]
     assert [frame.error_kind for frame in none_left.frames] == kinds
-    assert none_left.pixels.shape == (0, *SIZE, 3)
+    assert none_left.pixels.shape == (0, 64, 96, 3)
 
 
 def test_deaths_of_drivers_side_by_side_give_up_no_shard(store):
@@ -205,7 +185,7 @@ def test_what_is_known_to_kill_is_looked_at_anew(store):
 
 
 def test_a_death_after_the_frames_went_one_by_one_is_one_between_them(store, monkeypatch):
-    shard = shard_of([1, 2])
+    shard = grey_shard([1, 2])
     table = shard.to_table()
 
     def die(_):
@@ -269,14 +249,14 @@ def deaths_until_done(store, shard, most=20):
 
 @pytest.mark.parametrize("values", [[9, FATAL, 30, 40], [FATAL], [1, 2, FATAL, 4, 5, FATAL]])
 def test_three_attempts_and_the_frame_alone_is_quarantined(store, values):
-    shard = shard_of(values)
+    shard = grey_shard(values)
     fatal = [place for place, value in enumerate(values) if value == FATAL]
     # One as a whole, then two for each that is guilty.
     assert deaths_until_done(store, shard) == 1 + 2 * len(fatal)
     annotated = deadly(stage(store)).annotate(shard)
     kinds = [frame.error_kind for frame in annotated.frames]
     assert kinds == ["crash" if value == FATAL else None for value in values]
-    innocent = shard_of([value for value in values if value != FATAL])
+    innocent = grey_shard([value for value in values if value != FATAL])
     expected = AnnotateShard(stage(store).context, untrained_weights(TINY)).annotate(innocent)
     assert len(annotated.class_ids) == len(expected.class_ids)
     for mine, theirs in zip(annotated.class_ids, expected.class_ids, strict=True):
@@ -292,7 +272,7 @@ def test_an_ordinary_exception_is_no_death(store):
     made = stage(store)
     made.predictor.predict = None
     with pytest.raises(TypeError):
-        made.annotate(shard_of([1]))
+        made.annotate(grey_shard([1]))
     os.close(made.journal._file)
     assert not Journal(store, LAYOUT, 1).deaths(7)
 
@@ -307,11 +287,11 @@ def test_a_lost_device_is_one(store):
 
     made.predictor.predict = lose
     with pytest.raises(torch.AcceleratorError):
-        made.annotate(shard_of([1]))
+        made.annotate(grey_shard([1]))
     os.close(made.journal._file)
     assert Journal(store, LAYOUT, 1).deaths(7) == Deaths(in_whole=1)
 
 
 def test_a_shard_stays_as_it_is_without_deaths(store):
-    shard = shard_of([1, 2])
+    shard = grey_shard([1, 2])
     assert [frame.error_kind for frame in stage(store).annotate(shard).frames] == [None, None]

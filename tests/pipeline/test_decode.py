@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.records import Asset, ShardSpec, Slice
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import slice_asset
 from pipeline.storage import StorageOptions, open_store
+from tests.fault_proxy import run_fault_proxy
 from tests.media import encode_image, picture, read_sequentially, write_video
 
 SIZE = (64, 32)
@@ -149,6 +151,27 @@ def test_what_could_not_be_listed_is_typed(tmp_path, worker):
     (tmp_path / "b.mp4").symlink_to(tmp_path / "nowhere")
     parts = slices_of(tmp_path, worker)
     assert [part.error_kind for part in parts] == ["not_found"] * 2
+
+
+def test_what_the_store_forbids_is_typed_and_the_rest_is_read(s3_bucket_url, s3_server, tmp_path):
+    store = open_store(s3_bucket_url)
+    video = write_video(tmp_path / "c.mp4", num_frames=3).read_bytes()
+    for name in ("a.png", "b.png"):
+        store.put(name, encode_image(picture(), "PNG"))
+    store.put("c.mp4", video)
+    assets = list_assets(store).assets
+    with run_fault_proxy(s3_server, too_slow_s=1) as proxy, DecodeWorker() as worker:
+        options = StorageOptions(endpoint_url=proxy.url)
+        probes = worker.probe_assets(s3_bucket_url, assets, options)
+        path = f"/{s3_bucket_url.removeprefix('s3://')}"
+        proxy.forbid(f"{path}/b.png", f"{path}/c.mp4")
+        denied = worker.probe_assets(s3_bucket_url, assets, options)
+        parts = [part for probe in probes for part in slice_asset(probe, target_frames=64)]
+        spec = replace(shard(tmp_path, parts), root=s3_bucket_url)
+        decoded = worker.decode_shard(spec, options)
+    assert [probe.error_kind for probe in denied] == [None, "forbidden", "forbidden"]
+    assert kinds(decoded) == [None, *["forbidden"] * 4]
+    assert "access denied" in decoded.frames[1].error
 
 
 def test_a_shard_without_good_frames(tmp_path, worker):
