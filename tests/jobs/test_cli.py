@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,3 +231,28 @@ def test_publish_workers_never_import_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_traceback_is_told_without_credentials(monkeypatch, capsys):
+    canary = "canary-5b1e-never-shown"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", canary)
+    monkeypatch.setattr(cli, "run", lambda _: 0)
+    for module, name in ((sys, "excepthook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    with pytest.raises(SystemExit):
+        cli.main(["status", "x"])
+
+    def fail():
+        raise RuntimeError(f"signing with {canary} for https://host/x?X-Amz-Signature={canary}")
+
+    try:
+        fail()
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    said = capsys.readouterr().err
+    assert said.count("Traceback (most recent call last)") == 2
+    assert said.count("RuntimeError: signing with *** for https://host/x?***") == 2
+    assert canary not in said

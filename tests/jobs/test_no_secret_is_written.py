@@ -1,26 +1,32 @@
 """Canary secrets run through every verb: none stands in what is printed or written.
 
-Credentials are good, wrong, expired, or part of a URL; the store is real, or one that repeats every
-header of a request in its answer. The mask that messages go through is off for the environment's
-secrets, so that nothing but the code's own care is tested.
+Credentials are good, wrong, expired, or part of a URL, of the environment or of a profile; the
+store is real, or one that repeats every header of a request in its answer. The mask that messages
+go through is off for the environment's secrets, so that nothing but the code's own care is tested.
+Instead of Ray there is a plain loop.
 """
 
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from uuid import uuid4
 
+import click
 import pytest
 
 from jobs import cli
 from jobs.claim import claim_job, reopen_job
+from jobs.demo_archive import make_demo_archive
 from jobs.spec import check_spec
 from pipeline import urls
+from pipeline.layout import Generation
 from pipeline.storage import StorageOptions, open_store, s3_clients
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY, plan_job
+from tests.jobs.local_graph import without_ray
 from tests.media import encode_cv2, picture
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from tests.secrets_scan import files_below, leaks, objects_in
@@ -71,7 +77,26 @@ def said(capfd, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    return Said(capfd)
+    with without_ray():
+        yield Said(capfd)
+
+
+@pytest.fixture
+def profile(tmp_path_factory, monkeypatch):
+    """Makes the credentials those of a profile's file, which lies where no test looks for leaks."""
+
+    def use(**fields):
+        path = tmp_path_factory.mktemp("home") / "credentials"
+        held = {"aws_access_key_id": ACCESS_KEY_ID, "aws_secret_access_key": SECRET_ACCESS_KEY}
+        lines = [f"{name} = {value}" for name, value in (held | fields).items()]
+        path.write_text("\n".join(["[tests]", *lines]))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+        monkeypatch.setenv("AWS_PROFILE", "tests")
+        return path
+
+    return use
 
 
 @pytest.fixture
@@ -94,6 +119,8 @@ def every_verb(job, output, weights, picture_url, recipe):
         ["resume", job],
         ["cancel", job],
         ["verify", job, "--json"],
+        ["retry", job],
+        ["verify", job, "--repair"],
         ["predict", picture_url, "--weights", weights, "--device", "cpu", "--json"],
         ["attention", picture_url, "--weights", weights, "--device", "cpu"],
         ["evaluate", weights, f"job:{job}", "--device", "cpu", "--json", "--limit", "1"],
@@ -102,6 +129,27 @@ def every_verb(job, output, weights, picture_url, recipe):
         ["weights", "import", weights, "again.safetensors"],
         ["weights", "fetch", "nvidia/none", "fetched.safetensors"],
     ]
+
+
+def verb_of(words):
+    """The verb's name: of a group's, both words."""
+    is_group = isinstance(cli.cli.commands[words[0]], click.Group)
+    return " ".join(words[:2]) if is_group else words[0]
+
+
+def verbs():
+    """The names of all that the command line can do."""
+    for name, command in cli.cli.commands.items():
+        if isinstance(command, click.Group):
+            yield from (f"{name} {inner}" for inner in command.commands)
+        else:
+            yield name
+
+
+def test_no_verb_is_forgotten():
+    # The demo, which takes no URL, has a test of its own.
+    words = every_verb("s3://a/job", "s3://a/new", "w", "s3://a/in/a.jpg", "recipe.yaml")
+    assert {verb_of(item) for item in words} | {"demo"} == set(verbs())
 
 
 def write_recipe(path, dataset):
@@ -144,9 +192,13 @@ def test_no_verb_tells_of_good_credentials(
         if words[0] in {"plan", "run"}:
             words += ["--set", "geometry.short_side_px=64", "--set", "shard.frames=2"]
             words += ["--set", "output.png=true"]
-        codes[" ".join(words[:2]) if words[0] == "weights" else words[0]] = said.run(*words)[0]
+        if "--repair" in words:
+            data = next(iter(s3_job.store.list("gen-0000/data/"))).key
+            s3_job.store.delete([data])
+        codes[verb_of(words)] = max(said.run(*words)[0], codes.get(verb_of(words), 0))
+    assert s3_job.store.exists(Generation(2).success_key)  # the first, the retry, the repair
     refused = {"submit": 2, "weights fetch": 1}
-    quarantined = {"run": 3, "resume": 3}
+    quarantined = dict.fromkeys(("run", "resume", "retry"), 3)
     assert codes == dict.fromkeys(codes, 0) | refused | quarantined, said.text
     objects = list(objects_in(open_store(s3_bucket_url)))
     assert len([name for name, _ in objects if name.endswith(".parquet")]) >= 2
@@ -157,20 +209,24 @@ def test_no_verb_tells_of_good_credentials(
     print(f"PROOF canary: {len(codes)} verbs, {len(objects)} objects, {len(files)} files, 0 leaks")
 
 
+@pytest.mark.parametrize("place", ["environment", "profile"])
 def test_no_verb_tells_of_wrong_credentials(
-    said, s3_job, s3_bucket_url, weights, tmp_path, monkeypatch
+    said, s3_job, s3_bucket_url, weights, tmp_path, monkeypatch, profile, place
 ):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    before = dict(objects_in(open_store(s3_bucket_url)))
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    store = open_store(s3_bucket_url)
+    before = dict(objects_in(store))
+    if place == "profile":
+        profile(aws_secret_access_key=CANARY)
+    else:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
     recipe = write_recipe(tmp_path / "recipe.yaml", f"job:{s3_job.store.url}")
     words = every_verb(
         s3_job.store.url, f"{s3_bucket_url}/new", weights, f"{s3_bucket_url}/archive/0.jpg", recipe
     )
     for verb in words[:-3]:
         assert said.run(*verb)[0] in {1, 2, 3}, verb
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY)
-    assert dict(objects_in(open_store(s3_bucket_url))) == before
+    assert dict(objects_in(store)) == before
     assert leaks(files_below(tmp_path), SECRETS) == []
 
 
@@ -213,15 +269,24 @@ def telltale_store(status: int, code: str | None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "code"),
-    [(403, "ExpiredToken"), (400, "InvalidRequest"), (418, None), (503, None)],
+    ("status", "code", "place"),
+    [
+        (403, "ExpiredToken", "environment"),
+        (400, "InvalidRequest", "environment"),
+        (418, None, "environment"),
+        (418, None, "profile"),
+        (503, None, "environment"),
+    ],
 )
 def test_a_store_that_repeats_our_headers_is_not_quoted(
-    said, aws_environment, weights, tmp_path, monkeypatch, status, code
+    said, aws_environment, weights, tmp_path, monkeypatch, profile, status, code, place
 ):
     monkeypatch.setattr(s3_clients, "_MAX_RETRIES", 1)
     monkeypatch.setattr(s3_clients, "_RETRY_TIMEOUT_S", 1)
-    monkeypatch.setenv("AWS_SESSION_TOKEN", CANARY)
+    if place == "profile":
+        profile(aws_session_token=CANARY)
+    else:
+        monkeypatch.setenv("AWS_SESSION_TOKEN", CANARY)
     recipe = write_recipe(tmp_path / "recipe.yaml", "job:s3://out/job")
     with telltale_store(status, code) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
@@ -232,6 +297,23 @@ def test_a_store_that_repeats_our_headers_is_not_quoted(
             if words[:2] in (["weights", "show"], ["weights", "import"]):
                 continue
             assert said.run(*words)[0] in {1, 2, 3}, words
+    assert leaks(files_below(tmp_path), SECRETS) == []
+
+
+def test_a_profile_s_file_that_is_no_good_is_not_quoted(said, aws_environment, profile):
+    path = profile(aws_session_token=CANARY)
+    text = path.read_text()
+    for broken in (text.replace("[tests]", "[tests"), text.replace("[tests]", "")):
+        path.write_text(broken)
+        said.refused("status", "s3://out/job")
+
+
+def test_the_demo_tells_of_no_credentials(said, aws_environment, tmp_path, monkeypatch):
+    small = {"num_clips": 1, "frames_per_clip": 12, "num_images": 1, "size": (96, 64)}
+    monkeypatch.setattr("jobs.demo.make_demo_archive", partial(make_demo_archive, **small))
+    monkeypatch.setenv("AWS_SESSION_TOKEN", CANARY)
+    assert said.run("demo", "--folder", "demo")[0] == 0
+    assert (tmp_path / "work/demo/demo.png").exists()
     assert leaks(files_below(tmp_path), SECRETS) == []
 
 
