@@ -40,6 +40,8 @@ _BUFFER_BYTES = 256 * 1024
 # A container's packets are parts of its file, but its index may name one part again and again.
 _MAX_PACKET_BYTES_PER_FILE_BYTE = 16
 _SMALL_FILE_BYTES = 1 << 20
+# The most to which FFmpeg pads a picture's lines, and more than a codec's blocks measure.
+_ALIGNMENT_PX = 64
 
 
 def quiet_ffmpeg() -> None:
@@ -192,9 +194,15 @@ def _video_stream(container: InputContainer, limits: DecodeLimits) -> VideoStrea
     check_pixels(context.width, context.height, limits)
     context.thread_type = "NONE"
     context.thread_count = 1
-    # By default damaged slices are patched up in silence.
-    context.options = {"err_detect": "+explode", "max_pixels": str(limits.max_pixels)}
+    # By default damaged slices are patched up in silence. Pictures may grow in mid-stream.
+    max_pixels = max(limits.max_pixels, _padded(context.width) * _padded(context.height))
+    context.options = {"err_detect": "+explode", "max_pixels": str(max_pixels)}
     return stream
+
+
+def _padded(side_px: int) -> int:
+    """A side as FFmpeg counts it where it looks at its bound: of the buffer, not the picture."""
+    return -(-side_px // _ALIGNMENT_PX) * _ALIGNMENT_PX
 
 
 def _unopenable(file: BinaryIO, error: av.FFmpegError) -> InputError:

@@ -246,6 +246,8 @@ class _Pass:
                         self.is_late = True
                         return
                 yield from self._decode(packet, tick)
+        except MemoryError:
+            raise
         except av.FFmpegError as error:
             # Only from demuxing; what the decoder still holds comes out.
             self.failure = reason_of(error)

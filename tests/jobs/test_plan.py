@@ -200,3 +200,17 @@ def test_gathering_keeps_sizes_apart_and_bounds_shards():
         ((32, 32), [19]),
         ((64, 32), [1]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "below"), [("max_pixels", lambda _: 64 * 128), ("max_file_bytes", len)]
+)
+def test_what_is_larger_than_the_job_allows_is_typed(archive, tmp_path, name, below):
+    largest = below((archive / "portrait.png").read_bytes())
+    kinds = {}
+    for cap in (largest, largest - 1):
+        shards, _ = planned(job(archive, tmp_path, limits={name: cap}))
+        parts = [part for shard in shards for part in shard.slices]
+        kinds[cap] = {part.asset: part.error_kind for part in parts}
+    assert kinds[largest]["portrait.png"] is None
+    assert kinds[largest - 1] == kinds[largest] | {"portrait.png": "too_large"}

@@ -8,6 +8,8 @@ import yaml
 from jobs.schema import schema_path, schema_text
 from jobs.spec import JobSpec, check_spec, load_ray_section, load_spec
 from pipeline.errors import UserError
+from pipeline.geometry import MAX_PIXELS
+from pipeline.sources.assets import DecodeLimits
 
 MINIMAL = {"input": {"url": "/archive"}, "output": {"url": "/job"}}
 
@@ -141,6 +143,12 @@ def test_a_bomb_of_aliases_stays_short():
     with pytest.raises(UserError) as caught:
         check_spec({"input": {"url": bomb}, "output": {"url": "/b"}}, "the job")
     assert len(str(caught.value)) < 500
+
+
+def test_the_decoder_has_the_bounds_that_are_asked_for():
+    bounds = {"max_pixels": 7, "max_file_bytes": 8, "deadline_s": 9.0, "memory_bytes": 2**28 + 1}
+    assert spec(limits=bounds).limits.limits() == DecodeLimits(**bounds)
+    assert spec(limits={"max_pixels": 2**31}).limits.limits().max_pixels == MAX_PIXELS
 
 
 def test_identity_holds_what_decides_the_outputs():

@@ -25,7 +25,7 @@ def probe(path, limits=LIMITS):
         return probe_video(file, asset, limits, lambda: None)
 
 
-def read(path, part):
+def read(path, part, limits=LIMITS):
     """Frames and errors of a slice, by frame index."""
     frames, errors = {}, {}
     with path.open("rb") as file:
@@ -34,7 +34,7 @@ def read(path, part):
             part.pts,
             part.seek_pts,
             (part.width, part.height),
-            LIMITS,
+            limits,
             lambda: None,
             ranks=part.frame_index,
         ):
@@ -307,6 +307,38 @@ def test_too_large(tmp_path):
     with pytest.raises(InputError) as caught:
         probe(path, DecodeLimits(max_pixels=96 * 64 - 1))
     assert caught.value.kind == "too_large"
+
+
+def write_growing(path, codec):
+    """A stream whose last ten pictures are four times as large as its first ten."""
+    for first, size in ((0, (96, 64)), (10, (192, 128))):
+        ticks = [300 * (first + index) for index in range(10)]
+        options = {"codec": codec, "b_frames": 0, "ticks": ticks, "ticks_per_second": 9000}
+        part = write_video(path.with_name("part.ts"), num_frames=10, size=size, **options)
+        with path.open("ab") as file:
+            file.write(part.read_bytes())
+    return path
+
+
+def test_a_picture_that_grows_beyond_the_cap_is_refused_by_the_decoder(tmp_path):
+    """One at the cap is not, though its buffer is larger."""
+    path = write_growing(tmp_path / "grows.ts", "libx264")
+    for max_pixels, kind in ((96 * 64, "corrupt"), (192 * 128, "unsupported")):
+        limits = DecodeLimits(max_pixels=max_pixels)
+        (part,) = slice_asset(probe(path, limits), target_frames=64)
+        frames, errors = read(path, part, limits)
+        # The last two are gone with what the decoder held when the size changed.
+        assert set(frames) == set(range(8))
+        assert {errors[index] for index in range(10, 20)} == {kind}
+
+
+def test_a_decoder_without_memory_is_no_end_of_the_video(tmp_path):
+    """What FFmpeg's decoder of H.265 says of a picture beyond the cap."""
+    path = write_growing(tmp_path / "grows.ts", "libx265")
+    limits = DecodeLimits(max_pixels=96 * 64)
+    (part,) = slice_asset(probe(path, limits), target_frames=64)
+    with pytest.raises(MemoryError):
+        read(path, part, limits)
 
 
 def test_playlists_are_not_followed(tmp_path):
