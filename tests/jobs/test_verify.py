@@ -1,5 +1,6 @@
 """Verify finds whatever is missing, doubled, foreign or changed, down to a byte."""
 
+import hashlib
 import json
 
 import pyarrow as pa
@@ -95,6 +96,33 @@ def test_rows_of_another_shard(job):
     faults = findings(job).faults
     assert "shard 0: 2 rows missing" in faults
     assert "shard 0: 2 rows extra" in faults
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([0, 0], ["shard 0: 1 rows missing", "shard 0: 1 rows extra"]),
+        ([0, 1, 1], ["shard 0: 1 rows extra"]),
+        ([1], ["shard 0: 1 rows missing"]),
+    ],
+)
+def test_doubled_and_missing_rows_of_a_record_that_pins_them(job, rows, expected):
+    key = first_data(job)
+    table = pq.read_table(pa.BufferReader(job.store.read(key)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.take(rows), sink)
+    data = sink.getvalue().to_pybytes()
+    job.store.put(key, data)
+    pinned = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def pin(fields):
+        fields["files"][0] |= pinned
+        fields.update(num_rows=len(rows), num_ok=len(rows))
+
+    rewrite_record(job, pin)
+    found = findings(job)
+    assert [fault for fault in found.faults if fault.startswith("shard 0: ")] == expected
+    assert (0, 0) in found.broken
 
 
 def test_foreign_objects(job):
