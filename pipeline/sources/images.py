@@ -167,7 +167,11 @@ def _decode(
         return _decode_by_pillow(data, header.format)
     if data.startswith(tiff.STARTS):
         return None
-    return _imdecode(data)[0]
+    pixels = _imdecode(data)[0]
+    if pixels is not None and header is not None and header.format == "GIF":
+        # OpenCV sees damage that Pillow does not, but lays what is transparent over a background.
+        pixels = _decode_by_pillow(data, header.format)
+    return pixels
 
 
 def _decode_jpeg(data: bytes, factor: int) -> UInt8Array | None:

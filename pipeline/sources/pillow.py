@@ -1,4 +1,4 @@
-"""Pixels by Pillow, of the formats that OpenCV gets wrong without a word: TIFF and Sun raster."""
+"""Pixels by Pillow, of what OpenCV gets wrong without a word: TIFF, Sun raster, alpha of GIFs."""
 
 import logging
 import struct

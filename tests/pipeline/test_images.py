@@ -56,18 +56,42 @@ def test_16_bits_keep_the_high_byte():
     assert np.array_equal(pixels_of(data.tobytes(), LIMITS), picture())
 
 
-def test_animations_give_their_first_frame():
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("WEBP", {"lossless": True}),
+        ("PNG", {}),
+        ("GIF", {}),
+        ("GIF", {"transparency": 5}),
+    ],
+)
+def test_animations_give_their_first_frame(format, options):
     import io
 
     from PIL import Image
 
     frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
-    for format in ("WEBP", "PNG"):
-        buffer = io.BytesIO()
-        frames[0].save(
-            buffer, format, save_all=True, append_images=frames[1:], lossless=True, duration=50
-        )
-        assert np.array_equal(pixels_of(buffer.getvalue(), LIMITS), picture(seed=0))
+    if format == "GIF":
+        frames = [frame.quantize(64) for frame in frames]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format, save_all=True, append_images=frames[1:], duration=50, **options)
+    data = buffer.getvalue()
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 3
+    assert np.array_equal(pixels_of(data, LIMITS), np.asarray(frames[0].convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_transparent_colours_of_a_palette_keep_their_own(format):
+    import io
+
+    from PIL import Image
+
+    image = Image.fromarray(picture()).quantize(64)
+    assert (np.asarray(image) == 5).any()
+    buffer = io.BytesIO()
+    image.save(buffer, format, transparency=5)
+    assert np.array_equal(pixels_of(buffer.getvalue()), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
