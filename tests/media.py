@@ -159,3 +159,25 @@ def tar_of(files: Sequence[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def write_palette_video(
+    path: Path, codec: str, *, num_frames: int = 12, gop: int = 4, changes: bool = False
+) -> Path:
+    """A scene of 8 bits a pixel, whose palette is the first frame's, or ``changes`` with each."""
+    frames = [Image.fromarray(pixels) for pixels in scene(num_frames)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "pal8"
+        stream.options = {"g": str(gop)}
+        first = frames[0].quantize(200)
+        for index, frame in enumerate(frames):
+            image = frame.quantize(200) if changes else frame.quantize(palette=first)
+            colours = np.full((256, 4), 255, np.uint8)
+            colours[:200, 1:] = np.array(image.getpalette(), np.uint8).reshape(-1, 3)[:200]
+            encoded = av.VideoFrame.from_ndarray((np.asarray(image), colours), format="pal8")
+            encoded.pts, encoded.time_base = index, Fraction(1, 10)
+            container.mux(stream.encode(encoded))
+        container.mux(stream.encode())
+    return path

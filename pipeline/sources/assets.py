@@ -41,6 +41,7 @@ class AssetProbe:
         pts: A video's frames in presentation order, in ticks; empty for an image.
         keyframe_pts: Ticks of the keyframes among them, sorted.
         time_base: Seconds per tick.
+        needs_start: Whether its frames can only be decoded from its beginning on.
         rotation_deg: Counterclockwise turn that the orientation applies.
         duration_s: Length of a video; 0 for an image.
         capture: When and where, as far as the asset says.
@@ -59,6 +60,7 @@ class AssetProbe:
     pts: tuple[int, ...] = ()
     keyframe_pts: tuple[int, ...] = ()
     time_base: Fraction = Fraction(1)
+    needs_start: bool = False
     rotation_deg: int = 0
     duration_s: float = 0.0
     capture: Capture = field(default_factory=Capture)

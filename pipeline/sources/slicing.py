@@ -11,10 +11,12 @@ from pipeline.records import Slice
 from pipeline.sources.assets import AssetProbe
 
 MAX_MISSING_ENTRIES = 100_000
-# Where time stamps repeat, as in recordings put behind one another, a slice's frames are found by
-# reading the video from its beginning: that shall not take more frames in all than this.
+# Where time stamps repeat, as in recordings put behind one another, or frames hang on a palette at
+# the beginning, a slice's frames are found by reading the video from there: that shall not take
+# more frames in all than this.
 _MAX_READ_FRAMES = 1_000_000
 _REPEATED = "the frame has the time stamp of another, in a video too long to tell them apart"
+_PALETTE = "the frame needs the palette at the beginning of a video too long to read it from there"
 # Of other kinds nobody knows how many are missing.
 _COUNTED: tuple[ErrorKind, ...] = ("count_mismatch", "unsupported")
 
@@ -76,8 +78,9 @@ def slice_asset(
 
     A video is cut at the first keyframe at or after ``target_frames`` sampled frames, in the
     middle of a group of pictures at twice as many, and where time stamps begin or end to repeat:
-    there it is read from its beginning (``seek_pts`` None). An image, or an asset that cannot be
-    opened, gives one slice. Frames that are known to be missing come last, as slices with an error.
+    there it is read from its beginning (``seek_pts`` None), as a video with a palette always is.
+    An image, or an asset that cannot be opened, gives one slice. Frames that are known to be
+    missing come last, as slices with an error.
 
     Args:
         probe: What is known of the asset.
@@ -97,10 +100,11 @@ def slice_asset(
         return [_slice(probe)]
     ranks = sample_frames(probe.pts, probe.time_base, sampling)
     runs = [ranks[start:end] for start, end in _cuts(probe, ranks, target_frames)]
-    num_read = sum(_repeats(probe, run[0]) for run in runs) * len(probe.pts)
+    num_read = sum(_is_read_whole(probe, run[0]) for run in runs) * len(probe.pts)
+    reason = _PALETTE if probe.needs_start else _REPEATED
     slices = [
-        _failed(probe, tuple(run), "unsupported", _REPEATED)
-        if num_read > _MAX_READ_FRAMES and _repeats(probe, run[0])
+        _failed(probe, tuple(run), "unsupported", reason)
+        if num_read > _MAX_READ_FRAMES and _is_read_whole(probe, run[0])
         else _video_slice(probe, run)
         for run in runs
     ]
@@ -111,7 +115,7 @@ def _cuts(probe: AssetProbe, ranks: Sequence[int], target_frames: int) -> Iterat
     start = 0
     for position in range(1, len(ranks)):
         length = position - start
-        if _repeats(probe, ranks[position]) != _repeats(probe, ranks[position - 1]):
+        if _is_read_whole(probe, ranks[position]) != _is_read_whole(probe, ranks[position - 1]):
             yield start, position
             start = position
             continue
@@ -127,8 +131,10 @@ def _cuts(probe: AssetProbe, ranks: Sequence[int], target_frames: int) -> Iterat
         yield start, len(ranks)
 
 
-def _repeats(probe: AssetProbe, rank: int) -> bool:
-    """Whether another frame has the same tick."""
+def _is_read_whole(probe: AssetProbe, rank: int) -> bool:
+    """Whether a frame is found from the beginning only, as one is that shares its tick."""
+    if probe.needs_start:
+        return True
     return probe.pts[rank] in (*probe.pts[max(0, rank - 1) : rank], *probe.pts[rank + 1 : rank + 2])
 
 
@@ -141,7 +147,7 @@ def _video_slice(probe: AssetProbe, ranks: Sequence[int]) -> Slice:
         frame_index=tuple(ranks),
         pts=pts,
         pts_s=tuple(float(tick * probe.time_base) for tick in pts),
-        seek_pts=None if _repeats(probe, ranks[0]) else seek_pts,
+        seek_pts=None if _is_read_whole(probe, ranks[0]) else seek_pts,
     )
 
 

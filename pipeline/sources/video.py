@@ -21,6 +21,7 @@ from pipeline.sources.video_file import (
     Clock,
     Meter,
     Progress,
+    needs_start,
     open_video,
     orientation_of,
     reason_of,
@@ -75,6 +76,7 @@ def probe_video(
         timeline = demux(container, stream, Meter(file, progress))
         time_base = cast("Fraction", stream.time_base)
         claims = _claims(container, stream)
+        from_start = needs_start(stream)
         coded = stream.codec_context.width, stream.codec_context.height
         capture = capture_of_container(container.metadata)
     if not timeline.ticks and not claims.num_frames:
@@ -92,6 +94,7 @@ def probe_video(
         pts=tuple(timeline.ticks),
         keyframe_pts=tuple(timeline.keyframes),
         time_base=time_base,
+        needs_start=from_start,
         rotation_deg=orientation.rotation_deg,
         duration_s=_duration_s(timeline.ticks, time_base),
         capture=capture,

@@ -205,6 +205,15 @@ def _padded(side_px: int) -> int:
     return -(-side_px // _ALIGNMENT_PX) * _ALIGNMENT_PX
 
 
+def needs_start(stream: VideoStream) -> bool:
+    """Whether its frames can only be decoded from the video's beginning on.
+
+    MOV and AVI hand a palette on with the packet behind it alone, and a seek leaves that out: what
+    is decoded then is black, or has the colours of other frames.
+    """
+    return stream.codec_context.pix_fmt == "pal8"
+
+
 def _unopenable(file: BinaryIO, error: av.FFmpegError) -> InputError:
     if lacks_index(file):
         return InputError("truncated", "the video ends before its index (no moov box)")

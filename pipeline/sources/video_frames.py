@@ -26,7 +26,7 @@ from pipeline.sources.video_file import (
 )
 
 if TYPE_CHECKING:
-    from av.packet import Packet  # generic in its stubs only
+    from av.packet import Packet, PacketSideData  # the first is generic in its stubs only
     from av.video.frame import VideoFrame
 
 # How far before a keyframe to seek, in seconds, where the container's seek lands behind it.
@@ -77,7 +77,7 @@ def read_frames(
         file: The video.
         wanted: Ticks in presentation order.
         seek_pts: Tick of the keyframe to start at; None to read from the beginning, as where time
-            stamps repeat.
+            stamps repeat or there is a palette.
         size: Width and height that the upright frames must have.
         limits: Bounds of its size.
         progress: Called for every packet.
@@ -149,6 +149,7 @@ class _Pass:
         self._first_keyframe: int | None = None
         self._seen: set[int] = set()
         self._newest: int | None = None
+        self._palette: PacketSideData | None = None
         self._is_poisoned = False
         self._poisoned_before: int | None = None
 
@@ -238,6 +239,7 @@ class _Pass:
         try:
             for packet in self._meter.metered(self._container.demux(self._stream)):
                 tick = self._clock.tick_of(packet) if packet.size else None
+                self._carry_palette(packet)
                 if not self._has_begun and packet.size:
                     if not packet.is_keyframe:
                         continue
@@ -265,7 +267,9 @@ class _Pass:
         # One without a tick is nobody's frame, but others refer to it.
         if not packet.is_corrupt:
             try:
-                return packet.decode()
+                frames = packet.decode()
+                self._palette = None
+                return frames
             except MemoryError:
                 raise
             except av.FFmpegError as error:
@@ -273,6 +277,13 @@ class _Pass:
                     return []
         self._damage(packet, tick)
         return []
+
+    def _carry_palette(self, packet: "Packet[VideoStream]") -> None:
+        """It comes once: if nothing came of its packet, it goes with the next one."""
+        if packet.has_sidedata("palette"):
+            self._palette = packet.get_sidedata("palette")
+        elif self._palette is not None and packet.size:
+            packet.set_sidedata(self._palette)
 
     def _flush(self) -> "list[VideoFrame]":
         try:

@@ -13,7 +13,7 @@ from pipeline.records import Asset
 from pipeline.sources import slicing
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.slicing import Sampling, slice_asset
-from tests.media import read_sequentially, write_video
+from tests.media import read_sequentially, write_palette_video, write_video
 from tests.pipeline.test_video import probe, read_sliced
 
 
@@ -72,6 +72,55 @@ def test_repeated_time_stamps_of_long_videos_are_said_and_not_read(monkeypatch):
     assert sorted(rank for part in parts for rank in part.frame_index) == list(range(62))
     few = replace(found, pts=found.pts[:10])
     assert all(part.error_kind is None for part in slice_asset(few, target_frames=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "changes"),
+    [
+        ("raw.mov", "rawvideo", False),
+        ("smc.mov", "smc", False),
+        ("raw.avi", "rawvideo", False),
+        ("changing.avi", "rawvideo", True),
+        ("msrle.avi", "msrle", True),
+        ("zmbv.avi", "zmbv", True),
+    ],
+)
+def test_a_palette_reaches_every_frame(tmp_path, name, codec, changes):
+    path = write_palette_video(tmp_path / name, codec, changes=changes)
+    expected = [pixels for _, pixels in read_sequentially(path)]
+    assert min(pixels.mean() for pixels in expected) > 50
+    frames, errors = read_sliced(path, 4)
+    assert (len(frames), errors) == (12, {})
+    assert same(frames, expected)
+
+
+def test_a_palette_outlives_the_packet_that_it_came_with(tmp_path):
+    path = write_palette_video(tmp_path / "a.mov", "smc")
+    data = bytearray(path.read_bytes())
+    # Its first picture is no longer among the keyframes, so nothing is decoded before the second.
+    struct.pack_into(">4xIII", data, data.index(b"stss") + 4, 2, 5, 9)
+    path.write_bytes(data)
+    frames, errors = read_sliced(path, 4)
+    assert (sorted(frames), len(errors)) == (list(range(4, 12)), 4)
+    assert min(pixels.mean() for pixels in frames.values()) > 50
+
+
+def test_the_palette_that_quicktime_means_by_grey_reaches_every_frame(tmp_path):
+    path = write_video(tmp_path / "grey.mov", codec="qtrle", pix_fmt="gray", num_frames=12)
+    expected = [pixels for _, pixels in read_sequentially(path)]
+    frames, errors = read_sliced(path, 4)
+    assert (len(frames), errors) == (12, {})
+    assert same(frames, expected)
+
+
+def test_long_videos_of_a_palette_are_said_and_not_read(monkeypatch, tmp_path):
+    found = probe(write_palette_video(tmp_path / "a.mov", "rawvideo"))
+    assert {part.seek_pts for part in slice_asset(found, target_frames=4)} == {None}
+    monkeypatch.setattr(slicing, "_MAX_READ_FRAMES", 30)
+    parts = slice_asset(found, target_frames=4)
+    assert {part.error_kind for part in parts} == {"unsupported"}
+    assert all("palette" in part.error for part in parts)
+    assert sorted(rank for part in parts for rank in part.frame_index) == list(range(12))
 
 
 def without_time(data, wanted):
