@@ -1,11 +1,12 @@
 """Still images: header, then pixels. Runs in the decoding child only.
 
 Headers are read by Pillow, pixels by ``cv2.imdecode``, never ``imread``, but for the formats that
-OpenCV gets wrong without a word (``pillow``, ``pnm``, ``bmp``). The rule that is recorded:
-the first frame of an animation or a multi-page file; 8 bits per channel (the high byte of 16); grey
-copied to three channels; CMYK converted; alpha dropped, not composited; the EXIF orientation that
-stands before the pixels is applied. A JPEG at least twice as large as wanted is decoded at a half,
-a quarter or an eighth of its size, which libjpeg does at a fraction of the time.
+OpenCV gets wrong without a word (``pillow``, ``pnm``, ``bmp``). The rule that is recorded: the
+first frame of an animation or a multi-page file, but the still picture of an animated PNG (often
+its first frame); 8 bits per channel (the high byte of 16); grey copied to three channels; CMYK
+converted; alpha dropped, not composited; the EXIF orientation that stands before the pixels is
+applied. A JPEG at least twice as large as wanted is decoded at a half, a quarter or an eighth of
+its size, which libjpeg does at a fraction of the time.
 """
 
 import os
@@ -22,7 +23,7 @@ from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
-from pipeline.sources import bmp, jpeg, pillow, pnm, tiff
+from pipeline.sources import bmp, jpeg, pillow, png, pnm, tiff
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.capture import Capture, capture_of_image
 
@@ -167,7 +168,7 @@ def _decode(
         return _decode_by_pillow(data, header.format)
     if data.startswith(tiff.STARTS):
         return None
-    pixels = _imdecode(data)[0]
+    pixels = _imdecode(png.still(data))[0]
     if pixels is not None and header is not None and header.format == "GIF":
         # OpenCV sees damage that Pillow does not, but lays what is transparent over a background.
         pixels = _decode_by_pillow(data, header.format)
@@ -273,16 +274,6 @@ def _ends_early(data: bytes) -> bool:
     return False
 
 
-def _png_ends(data: bytes) -> bool:
-    position = 8
-    while position + 12 <= len(data):
-        length = int.from_bytes(data[position : position + 4])
-        if data[position + 4 : position + 8] == b"IEND":
-            return True
-        position += 12 + length
-    return False
-
-
 def _boxes_end(data: bytes) -> bool:
     position = 0
     while position + 8 <= len(data):
@@ -323,7 +314,7 @@ _FOREIGN_STARTS = (
 )
 _BOX_NAMES = (b"ftyp", b"jP  ")
 _STRUCTURES: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
-    (b"\x89PNG\r\n\x1a\n", _png_ends),
+    (png.START, png.is_whole),
     (b"RIFF", _riff_ends),
     (b"BM", _bmp_ends),
     (b"GIF8", _gif_ends),

@@ -1,3 +1,4 @@
+import io
 import struct
 import warnings
 import zlib
@@ -5,6 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation
@@ -39,10 +41,6 @@ def test_jpeg_modes(mode):
 
 
 def reference(data):
-    import io
-
-    from PIL import Image
-
     with Image.open(io.BytesIO(data)) as image:
         if image.mode in ("RGBA", "LA"):  # alpha is dropped, not composited
             bands = image.split()[:-1]
@@ -66,10 +64,6 @@ def test_16_bits_keep_the_high_byte():
     ],
 )
 def test_animations_give_their_first_frame(format, options):
-    import io
-
-    from PIL import Image
-
     frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
     if format == "GIF":
         frames = [frame.quantize(64) for frame in frames]
@@ -83,15 +77,69 @@ def test_animations_give_their_first_frame(format, options):
 
 @pytest.mark.parametrize("format", ["PNG", "GIF"])
 def test_transparent_colours_of_a_palette_keep_their_own(format):
-    import io
-
-    from PIL import Image
-
     image = Image.fromarray(picture()).quantize(64)
     assert (np.asarray(image) == 5).any()
     buffer = io.BytesIO()
     image.save(buffer, format, transparency=5)
     assert np.array_equal(pixels_of(buffer.getvalue()), np.asarray(image.convert("RGB")))
+
+
+def png_chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def animated_png(num_frames=2, *, control=True, pixels=None):
+    """A picture with a second frame around it; ``pixels`` are its deflated rows."""
+    rows = np.insert(picture().reshape(64, -1), 0, 0, axis=1)
+    pixels = zlib.compress(rows.tobytes()) if pixels is None else pixels
+    control_of = [
+        png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, 96, 64, 0, 0, 1, 10, 0, 0)) * control
+        for number in (0, 1)
+    ]
+    chunks = [
+        png_chunk(b"IHDR", struct.pack(">IIBBBBB", 96, 64, 8, 2, 0, 0, 0)),
+        png_chunk(b"acTL", struct.pack(">II", num_frames, 0)),
+        control_of[0] + png_chunk(b"IDAT", pixels),
+        control_of[1] + png_chunk(b"fdAT", struct.pack(">I", 2) + zlib.compress(bytes(rows.size))),
+        png_chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 2, 2**31])
+@pytest.mark.parametrize("control", [True, False])
+def test_an_animated_png_gives_its_still_picture(num_frames, control):
+    data = animated_png(num_frames, control=control)
+    assert np.array_equal(pixels_of(data), picture())
+
+
+def test_a_still_picture_beside_the_animation_is_the_one():
+    frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer, "PNG", save_all=True, append_images=frames[1:], duration=50, default_image=True
+    )
+    assert np.array_equal(pixels_of(buffer.getvalue()), picture(seed=0))
+
+
+def test_damage_to_an_animated_png_is_seen():
+    data = animated_png()
+    start, end = data.index(b"IDAT"), data.index(b"fdAT") - 4
+    for place in range(start, end, 499):
+        changed = bytearray(data)
+        changed[place] ^= 4
+        assert kind_of(bytes(changed)) == "corrupt", place
+    deflated = data[start + 4 : end]
+    assert kind_of(animated_png(pixels=deflated[:4000] + deflated[6000:])) == "corrupt"
+    for length in {start, (start + end) // 2, end + 20, len(data) - 20, len(data) - 1}:
+        assert kind_of(data[:length]) == "truncated", length
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**31 - 1, 2**32 - 1])
+def test_a_length_that_leads_nowhere_ends_a_png(length):
+    data = bytearray(animated_png())
+    struct.pack_into(">I", data, data.index(b"acTL") - 4, length)
+    assert kind_of(bytes(data)) in {"corrupt", "truncated"}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -109,10 +157,6 @@ def test_exif_orientation_is_applied_once(format, orientation):
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_cut_jpeg_is_truncated_wherever_it_is_cut(progressive):
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(picture()).save(buffer, "JPEG", progressive=progressive)
     data = buffer.getvalue()
