@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
-from pipeline.sources import bmp, jpeg, pillow, png, pnm, tiff
+from pipeline.sources import bmp, jp2, jpeg, pillow, png, pnm, tiff
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.capture import Capture, capture_of_image
 
@@ -165,8 +165,8 @@ def _decode(
     if bmp.has_masks(data):
         return bmp.decode(data, limits)
     if header is not None and header.format in _BY_PILLOW:
-        return _decode_by_pillow(data, header.format)
-    if data.startswith(tiff.STARTS):
+        return _decode_by_pillow(data, header)
+    if data.startswith(_ONLY_BY_PILLOW):
         return None
     pixels = _imdecode(png.still(data))[0]
     if pixels is not None and header is not None and header.format == "GIF":
@@ -189,7 +189,10 @@ def _decode_jpeg(data: bytes, factor: int) -> UInt8Array | None:
     return pixels
 
 
-def _decode_by_pillow(data: bytes, format: str) -> UInt8Array | None:
+def _decode_by_pillow(data: bytes, header: ImageHeader) -> UInt8Array | None:
+    format = header.format
+    if format == "JPEG2000":
+        jp2.check(data, (header.width, header.height))
     if format == "TIFF" and _is_silently_damaged(data):
         return None
     with _captured_stderr() as said:
@@ -298,7 +301,8 @@ def _gif_ends(data: bytes) -> bool:
     return data.rstrip(b"\0").endswith(b";")
 
 
-_BY_PILLOW = frozenset({"SUN", "TIFF"})
+_BY_PILLOW = frozenset({"JPEG2000", "SUN", "TIFF"})
+_ONLY_BY_PILLOW = (*jp2.STARTS, *tiff.STARTS)
 _HDR_STARTS = (b"#?RADIANCE", b"#?RGBE")
 _HDR_SIZE = re.compile(rb"\n\n-Y (\d{1,9}) \+X (\d{1,9})\n")
 _HDR_TURNED = re.compile(rb"\n\n[-+][XY] \d+ [-+][XY] \d+\n")
@@ -318,5 +322,6 @@ _STRUCTURES: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
     (b"RIFF", _riff_ends),
     (b"BM", _bmp_ends),
     (b"GIF8", _gif_ends),
+    (jp2.STARTS[1], jp2.is_whole),
     *((start, tiff.is_whole) for start in tiff.STARTS),
 )

@@ -1,4 +1,4 @@
-"""Pixels by Pillow, of what OpenCV gets wrong without a word: TIFF, Sun raster, alpha of GIFs."""
+"""Pixels by Pillow, of what OpenCV gets wrong in silence: TIFF, Sun raster, JPEG 2000, GIF."""
 
 import logging
 import struct
@@ -34,6 +34,7 @@ PARSE_ERRORS = (
     ArithmeticError,
     EOFError,
     RuntimeError,
+    AssertionError,
     struct.error,
 )
 
@@ -110,7 +111,8 @@ def _rgb(image: Image.Image) -> UInt8Array:
 
 def _high_bytes(image: Image.Image) -> UInt8Array:
     tags = _tags(image)
-    (num_bits,) = tags[TiffImagePlugin.BITSPERSAMPLE]
+    # Only of a TIFF are they fewer.
+    (num_bits,) = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
     # The copy has the size of its pixels, the image the size that it would have upright.
     high: UInt8Array = (np.asarray(image.copy()) >> (num_bits - 8)).astype(np.uint8)
     is_inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
