@@ -81,6 +81,7 @@ def write_video(
     format: str | None = None,
     container_options: dict[str, str] | None = None,
     x264_params: str = "",
+    codec_options: dict[str, str] | None = None,
     audio_s: float = 0.0,
 ) -> Path:
     """Encode a scene; ``ticks`` are the presentation times, by default one tick per frame."""
@@ -91,7 +92,7 @@ def write_video(
         stream.pix_fmt = pix_fmt
         stream.codec_context.time_base = time_base
         stream.codec_context.thread_count = 1
-        stream.options = _codec_options(codec, gop, b_frames, x264_params)
+        stream.options = codec_options or _codec_options(codec, gop, b_frames, x264_params)
         if rotation_deg is not None:
             stream.set_display_rotation(rotation_deg)
         sound = container.add_stream("aac", rate=8000) if audio_s else None

@@ -171,7 +171,7 @@ def _decode(
     pixels = _imdecode(png.still(data))[0]
     if pixels is not None and header is not None and header.format == "GIF":
         # OpenCV sees damage that Pillow does not, but lays what is transparent over a background.
-        pixels = _decode_by_pillow(data, header.format)
+        pixels = _decode_by_pillow(data, header)
     return pixels
 
 

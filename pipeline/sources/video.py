@@ -22,6 +22,7 @@ from pipeline.sources.video_file import (
     Meter,
     Progress,
     needs_start,
+    open_decoder,
     open_video,
     orientation_of,
     reason_of,
@@ -70,7 +71,7 @@ def probe_video(
         progress: Called for every packet.
 
     Raises:
-        InputError: If it cannot be opened or holds no frame at all.
+        InputError: If it cannot be opened or decoded, or holds no frame at all.
     """
     with open_video(file, limits) as (container, stream):
         timeline = demux(container, stream, Meter(file, progress))
@@ -246,8 +247,13 @@ def _count_packets(file: BinaryIO, limits: DecodeLimits, progress: Progress) -> 
 def _first_frame(
     file: BinaryIO, limits: DecodeLimits, progress: Progress
 ) -> tuple[tuple[int, int] | None, Orientation]:
-    """Coded size and orientation of the first frame that decodes, if one does soon."""
+    """Coded size and orientation of the first frame that decodes, if one does soon.
+
+    Raises:
+        InputError: If none ever will.
+    """
     with open_video(file, limits) as (container, stream):
+        open_decoder(stream)
         try:
             for packet in islice(container.demux(stream), _FIRST_FRAME_PACKETS):
                 progress()

@@ -10,7 +10,7 @@ channel; the display matrix is applied, the pixel aspect ratio is not; fields st
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from errno import EINVAL
+from errno import EILSEQ, EINVAL
 from heapq import heapify, heappop, heappush
 from io import SEEK_END, SEEK_SET
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -42,6 +42,21 @@ _MAX_PACKET_BYTES_PER_FILE_BYTE = 16
 _SMALL_FILE_BYTES = 1 << 20
 # The most to which FFmpeg pads a picture's lines, and more than a codec's blocks measure.
 _ALIGNMENT_PX = 64
+# By default damaged slices are patched up in silence.
+_STRICT = "+explode"
+# Their decoders, if strict, refuse sound pictures for a tag that they do not know: these are asked
+# to go on, and what they print of damage counts.
+_REFUSING_CODECS = frozenset({"tiff"})
+
+
+def _unlisted(kind: type[SideDataType], value: object) -> SideDataType:
+    member = object.__new__(kind)
+    member._name_, member._value_ = f"UNLISTED_{value}", cast("Any", value)
+    return member
+
+
+# PyAV gives nothing of what goes with a frame if one kind of it has no name there, as EXIF.
+SideDataType._missing_ = classmethod(_unlisted)  # type: ignore[assignment]
 
 
 def quiet_ffmpeg() -> None:
@@ -194,9 +209,10 @@ def _video_stream(container: InputContainer, limits: DecodeLimits) -> VideoStrea
     check_pixels(context.width, context.height, limits)
     context.thread_type = "NONE"
     context.thread_count = 1
-    # By default damaged slices are patched up in silence. Pictures may grow in mid-stream.
+    # Pictures may grow in mid-stream.
     max_pixels = max(limits.max_pixels, _padded(context.width) * _padded(context.height))
-    context.options = {"err_detect": "+explode", "max_pixels": str(max_pixels)}
+    err_detect = "+crccheck" if context.name in _REFUSING_CODECS else _STRICT
+    context.options = {"err_detect": err_detect, "max_pixels": str(max_pixels)}
     return stream
 
 
@@ -212,6 +228,42 @@ def needs_start(stream: VideoStream) -> bool:
     is decoded then is black, or has the colours of other frames.
     """
     return stream.codec_context.pix_fmt == "pal8"
+
+
+def open_decoder(stream: VideoStream) -> None:
+    """Open the decoder, as the first packet would.
+
+    Raises:
+        InputError: ``unsupported``, if it does not do this kind of video. What it calls damage is
+            left to the frames.
+    """
+    try:
+        stream.codec_context.open(strict=False)
+    except (MemoryError, av.InvalidDataError):
+        return
+    except av.FFmpegError as error:
+        message = f"the {stream.codec_context.name} decoder does not open: {reason_of(error)}"
+        raise InputError("unsupported", message) from error
+
+
+def decode_packet(packet: "Packet[VideoStream]") -> list[VideoFrame]:
+    """The frames that come out, all of them whole as far as their decoder can tell.
+
+    Raises:
+        av.FFmpegError: If there is damage.
+    """
+    if packet.stream.codec_context.name not in _REFUSING_CODECS:
+        return packet.decode()
+    num_said = _num_said()
+    frames = packet.decode()
+    if _num_said() > num_said:
+        raise av.InvalidDataError(EILSEQ, "damaged")
+    return frames
+
+
+def _num_said() -> int:
+    """How many errors FFmpeg has printed; what it prints is kept by ``quiet_ffmpeg``."""
+    return av.logging.get_last_error()[0]
 
 
 def _unopenable(file: BinaryIO, error: av.FFmpegError) -> InputError:

@@ -20,6 +20,7 @@ from pipeline.sources.video_file import (
     Clock,
     Meter,
     Progress,
+    decode_packet,
     open_video,
     orientation_of,
     reason_of,
@@ -267,7 +268,7 @@ class _Pass:
         # One without a tick is nobody's frame, but others refer to it.
         if not packet.is_corrupt:
             try:
-                frames = packet.decode()
+                frames = decode_packet(packet)
                 self._palette = None
                 return frames
             except MemoryError:

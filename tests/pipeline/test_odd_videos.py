@@ -9,11 +9,22 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.geometry import Orientation
 from pipeline.records import Asset
 from pipeline.sources import slicing
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.slicing import Sampling, slice_asset
-from tests.media import read_sequentially, write_palette_video, write_video
+from pipeline.sources.video_file import quiet_ffmpeg
+from tests.media import (
+    damage,
+    encode_image,
+    packet_places,
+    read_sequentially,
+    scene,
+    write_palette_video,
+    write_video,
+)
+from tests.pipeline.image_parts import distance
 from tests.pipeline.test_video import probe, read_sliced
 
 
@@ -269,3 +280,48 @@ def test_what_refers_to_a_lost_slice_is_corrupt_too(tmp_path, place, which, b_fr
         assert set(errors.values()) == {"corrupt"}
         assert len(errors) <= 13
         assert all(np.array_equal(frames[i], expected[found.pts[i]]) for i in frames)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("name", ["a.mov", "a.avi"])
+def test_pictures_of_a_video_may_have_exif(tmp_path, name, orientation):
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        for index, pixels in enumerate(scene(4)):
+            packet = av.Packet(encode_image(pixels, "JPEG", orientation=orientation))
+            packet.stream, packet.pts, packet.dts = stream, index, index
+            packet.time_base, packet.is_keyframe = Fraction(1, 10), True
+            container.mux(packet)
+    frames, errors = read_sliced(path, 2)
+    assert (len(frames), errors) == (4, {})
+    upright = [Orientation.from_exif(orientation).apply(pixels) for pixels in scene(4)]
+    assert all(distance(frames[index], upright[index]) < 12 for index in frames)
+
+
+@pytest.mark.parametrize("compression", ["raw", "lzw", "deflate", "packbits"])
+def test_tiff_pictures_of_a_video(tmp_path, compression):
+    quiet_ffmpeg()
+    options = {"compression_algo": compression}
+    path = write_video(
+        tmp_path / "a.mov", codec="tiff", pix_fmt="rgb24", num_frames=6, codec_options=options
+    )
+    frames, errors = read_sliced(path, 2)
+    assert errors == {}
+    assert same(frames, scene(6))
+    _, offset, size, _ = packet_places(path)[3]
+    damage(path, offset + 8, size // 2)
+    frames, errors = read_sliced(path, 2)
+    assert same({index: frames[index] for index in frames if index != 3}, scene(6))
+    # Of the others, what their coder accepts goes unseen.
+    assert errors == {3: "corrupt"} if compression == "deflate" else set(errors) <= {3}
+
+
+def test_what_a_decoder_does_not_do_is_unsupported(tmp_path):
+    # As FFmpeg itself writes what QuickTime has no name for.
+    path = write_video(tmp_path / "a.mov", codec="rawvideo", num_frames=3)
+    with pytest.raises(InputError) as caught:
+        probe(path)
+    assert caught.value.kind == "unsupported"
+    assert "rawvideo" in caught.value.message
