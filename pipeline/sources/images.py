@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation, UInt8Array
-from pipeline.sources import bmp, jp2, jpeg, pillow, png, pnm, tiff
+from pipeline.sources import bmp, jp2, jpeg, pillow, png, pnm, signatures, tiff
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.capture import Capture, capture_of_image
 
@@ -252,19 +252,18 @@ def _undecodable(data: bytes, header: ImageHeader | None) -> InputError:
         return InputError("unsupported", "a TIFF of this kind is not supported")
     if header is None:
         return InputError("corrupt", "not an image in a known format")
+    if header.format == "GIF" and (header.width, header.height) != _gif_canvas(data):
+        return InputError("unsupported", "a GIF that reaches beyond its canvas is not supported")
     return InputError("corrupt", f"the {header.format} image cannot be decoded")
 
 
 def _foreign_format(data: bytes) -> str | None:
     """What a file is that nothing here can read."""
-    for start, name in _FOREIGN_STARTS:
-        if data.startswith(start):
-            return name
     if data[4:8] == b"ftyp" and not any(brand in data[:HEAD_BYTES] for brand in _AVIF_BRANDS):
         return "HEIC or another relative of MP4"
     if data.startswith(_HDR_STARTS) and _HDR_TURNED.search(data, 0, HEAD_BYTES):
         return "an HDR image of turned rows"
-    return None
+    return signatures.no_image(data)
 
 
 def _ends_early(data: bytes) -> bool:
@@ -297,6 +296,11 @@ def _bmp_ends(data: bytes) -> bool:
     return len(data) >= 6 and int.from_bytes(data[2:6], "little") <= len(data)
 
 
+def _gif_canvas(data: bytes) -> tuple[int, int]:
+    width, height = struct.unpack_from("<HH", data, 6)
+    return width, height
+
+
 def _gif_ends(data: bytes) -> bool:
     return data.rstrip(b"\0").endswith(b";")
 
@@ -307,15 +311,6 @@ _HDR_STARTS = (b"#?RADIANCE", b"#?RGBE")
 _HDR_SIZE = re.compile(rb"\n\n-Y (\d{1,9}) \+X (\d{1,9})\n")
 _HDR_TURNED = re.compile(rb"\n\n[-+][XY] \d+ [-+][XY] \d+\n")
 _AVIF_BRANDS = (b"avif", b"avis")
-_FOREIGN_STARTS = (
-    (b"\xff\x0a", "JPEG XL"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (b"II\xbc", "JPEG XR"),
-    (b"8BPS", "Photoshop's format"),
-    (b"%PDF-", "PDF"),
-    (b"v/1\x01", "OpenEXR"),
-    (b"DDS ", "DDS"),
-)
 _BOX_NAMES = (b"ftyp", b"jP  ")
 _STRUCTURES: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
     (png.START, png.is_whole),

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from pipeline.errors import ErrorKind
 from pipeline.records import Asset
+from pipeline.sources import signatures
 from pipeline.sources.assets import MIB_BYTES, AssetProbe
 from pipeline.sources.listing import asset_kind, is_hidden
 from pipeline.storage import escape_path, unescape_path
@@ -73,10 +74,18 @@ def probe_tar(file: BinaryIO, asset: Asset, beat: Callable[[], None]) -> AssetPr
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
         fault = "unsupported", f"left out are members: {counts}"
     if not members:
+        compression = _compression(file)
+        if compression is not None:
+            fault = "unsupported", f"a compressed tar is not supported ({compression})"
         kind, message = fault or ("unsupported", "the tar holds no image or video")
         return AssetProbe(asset=asset, error_kind=kind, error=message)
     probe = AssetProbe(asset=asset, members=tuple(members.values()))
     return probe if fault is None else replace(probe, missing_kind=fault[0], missing_error=fault[1])
+
+
+def _compression(file: BinaryIO) -> str | None:
+    file.seek(0)
+    return signatures.compression(file.read(signatures.HEAD_BYTES))
 
 
 def _take(member: _Member, tar: Asset, members: dict[str, Asset]) -> str | None:

@@ -25,6 +25,7 @@ from av.video.stream import VideoStream
 
 from pipeline.errors import InputError
 from pipeline.geometry import Orientation
+from pipeline.sources import signatures
 from pipeline.sources.assets import DecodeLimits, check_pixels
 from pipeline.sources.containers import lacks_index
 
@@ -269,6 +270,10 @@ def _num_said() -> int:
 def _unopenable(file: BinaryIO, error: av.FFmpegError) -> InputError:
     if lacks_index(file):
         return InputError("truncated", "the video ends before its index (no moov box)")
+    file.seek(0)
+    name = signatures.no_video(file.read(signatures.HEAD_BYTES))
+    if name is not None:
+        return InputError("unsupported", f"{name} under a video's name is not supported")
     return InputError("corrupt", f"the video cannot be opened: {reason_of(error)}")
 
 

@@ -1,3 +1,4 @@
+import gzip
 import io
 import struct
 import warnings
@@ -349,12 +350,45 @@ def test_masks_of_ten_bits_keep_the_high_ones():
         b"8BPS\0\1" + bytes(300),
         b"%PDF-1.4\n",
         b"v/1\x01" + bytes(100),
+        *(
+            encode_image(picture(), format)
+            for format in ("ICO", "ICNS", "PCX", "TGA", "SGI", "QOI")
+        ),
+        b"\x1a\x45\xdf\xa3" + bytes(100),
+        b"RIFF\0\0\0\0AVI " + bytes(100),
+        (b"\x47" + bytes(187)) * 3,
+        gzip.compress(bytes(100)),
         b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n+Y 64 +X 96\n" + bytes(4 * 96 * 64),
     ],
-    ids=["jxl", "jxl box", "heic", "mif1", "psd", "pdf", "exr", "turned hdr"],
+    ids=[
+        "jxl",
+        "jxl box",
+        "heic",
+        "mif1",
+        "psd",
+        "pdf",
+        "exr",
+        "ico",
+        "icns",
+        "pcx",
+        "tga",
+        "sgi",
+        "qoi",
+        "matroska",
+        "avi",
+        "ts",
+        "gzip",
+        "turned hdr",
+    ],
 )
 def test_what_is_known_but_not_read_is_unsupported(data):
     assert kind_of(data) == "unsupported"
+
+
+def test_a_gif_that_reaches_beyond_its_canvas_is_unsupported():
+    data = bytearray(encode_image(picture(), "GIF"))
+    struct.pack_into("<HH", data, 6, 50, 40)
+    assert kind_of(bytes(data)) == "unsupported"
 
 
 def test_a_radiance_bomb_is_refused_by_its_header():

@@ -1,5 +1,6 @@
 """Videos of odd time stamps, or of which parts are gone: never silently wrong or complete."""
 
+import gzip
 import struct
 from dataclasses import replace
 from fractions import Fraction
@@ -19,6 +20,7 @@ from tests.media import (
     damage,
     encode_image,
     packet_places,
+    picture,
     read_sequentially,
     scene,
     write_palette_video,
@@ -316,6 +318,25 @@ def test_tiff_pictures_of_a_video(tmp_path, compression):
     assert same({index: frames[index] for index in frames if index != 3}, scene(6))
     # Of the others, what their coder accepts goes unseen.
     assert errors == {3: "corrupt"} if compression == "deflate" else set(errors) <= {3}
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        *((encode_image(picture(), name.upper()), name) for name in ("PNG", "JPEG", "GIF", "WebP")),
+        (encode_image(picture(), "TIFF"), "TIFF"),
+        (b"FLV\1" + bytes(600), "Flash"),
+        (b"\0\0\1\xba" + bytes(600), "program stream"),
+        (gzip.compress(bytes(100)), "gzip"),
+    ],
+)
+def test_what_is_no_video_says_what_it_is(tmp_path, data, name):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        probe(path)
+    assert caught.value.kind == "unsupported"
+    assert name in caught.value.message
 
 
 def test_what_a_decoder_does_not_do_is_unsupported(tmp_path):

@@ -1,6 +1,9 @@
 """Tar files are read where they lie: whatever one holds, its members alone are planned."""
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 import time
 
@@ -167,6 +170,13 @@ def test_damage_is_typed_and_what_came_before_it_stays(probe, data, kind, messag
     said = (found.missing_kind, found.missing_error) if kept else (found.error_kind, found.error)
     assert said[0] == kind
     assert message in said[1]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_said_to_be_one(probe, compress):
+    found = probe(compress(WHOLE))
+    assert (found.members, found.error_kind) == ((), "unsupported")
+    assert "a compressed tar" in found.error
 
 
 @pytest.mark.parametrize("size", [b"\xff" * 12, b"\x80" + b"\xff" * 11, b"77777777777\0"])
