@@ -3,8 +3,9 @@
 Runs in the decoding child only. A frame is known by its tick: the presentation time stamp of its
 packet, or the decoding time stamp where it has none. AVI stores no presentation times, so there
 the k-th frame that comes out gets the k-th decoding time stamp. The rule that is recorded: the
-first video stream that is no cover picture; RGB by libswscale at the coded size, 8 bits per
-channel; the display matrix is applied, the pixel aspect ratio is not; fields stay interlaced.
+first video stream that is no cover picture; RGB by libswscale at the coded size (BT.601 of limited
+range where no tag says otherwise, whatever the size), 8 bits per channel; the display matrix is
+applied, the pixel aspect ratio is not; fields stay interlaced.
 """
 
 import logging

@@ -349,7 +349,7 @@ def test_playlists_are_not_followed(tmp_path):
     )
     with pytest.raises(InputError) as caught:
         probe(playlist)
-    assert caught.value.kind == "corrupt"
+    assert caught.value.kind == "unsupported"
 
 
 @pytest.mark.parametrize("content", [b"x" * 5000, bytes(5000), b"<html>404</html>" * 99])
