@@ -46,6 +46,8 @@ _SMALL_FILE_BYTES = 1 << 20
 _ALIGNMENT_PX = 64
 # By default damaged slices are patched up in silence.
 _STRICT = "+explode"
+# These have their palette in each keyframe.
+_OWN_PALETTE_CODECS = frozenset({"bmp", "gif", "png", "targa", "tiff", "zmbv"})
 # Their decoders, if strict, refuse sound pictures for a tag that they do not know: these are asked
 # to go on, and what they print of damage counts.
 _REFUSING_CODECS = frozenset({"tiff"})
@@ -229,7 +231,8 @@ def needs_start(stream: VideoStream) -> bool:
     MOV and AVI hand a palette on with the packet behind it alone, and a seek leaves that out: what
     is decoded then is black, or has the colours of other frames.
     """
-    return stream.codec_context.pix_fmt == "pal8"
+    context = stream.codec_context
+    return context.pix_fmt == "pal8" and context.name not in _OWN_PALETTE_CODECS
 
 
 def open_decoder(stream: VideoStream) -> None:

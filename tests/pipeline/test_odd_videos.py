@@ -96,6 +96,7 @@ def test_repeated_time_stamps_of_long_videos_are_said_and_not_read(monkeypatch):
         ("changing.avi", "rawvideo", True),
         ("msrle.avi", "msrle", True),
         ("zmbv.avi", "zmbv", True),
+        ("png.mov", "png", True),
     ],
 )
 def test_a_palette_reaches_every_frame(tmp_path, name, codec, changes):
@@ -105,6 +106,8 @@ def test_a_palette_reaches_every_frame(tmp_path, name, codec, changes):
     frames, errors = read_sliced(path, 4)
     assert (len(frames), errors) == (12, {})
     assert same(frames, expected)
+    has_own = codec in {"png", "zmbv"}
+    assert {part.seek_pts is None for part in slice_asset(probe(path))} == {not has_own}
 
 
 def test_a_palette_outlives_the_packet_that_it_came_with(tmp_path):
