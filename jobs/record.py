@@ -22,7 +22,7 @@ from pipeline.storage import Store, create_once, probe_conditional_writes
 from pipeline.typed import KNOWN_FIELDS_ONLY, from_json
 
 # Changes only when the same inputs would give other outputs.
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 # Some kilobytes, and what a job says of its archive.
 _MAX_BYTES = 16 << 20
 
