@@ -33,8 +33,8 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/audit.py bandit
 
-# The slow suite: many kills, long runs, as many as CHAOS_MINUTES (100) allows; prints the table of
-# docs/reliability.md with its figures.
+# The proofs of docs/reliability.md, fast ones first, then the slow suite: many kills, long runs, as
+# many as CHAOS_MINUTES (100) allows; prints the document's table with its figures.
 chaos: setup
 	$(BIN)/python -m tests.chaos
 

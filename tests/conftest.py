@@ -38,24 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests that passed have printed as proofs: the figures of docs/reliability.md.
 
-    ``make chaos`` gets them by ``PROOFS_FILE``, a JSON object a line.
+    ``make chaos`` gets them by ``PROOFS_FILE``, a JSON object a line, with those that failed.
     """
     from tests.proofs import proofs
 
-    seen = {
-        report.nodeid: lines
-        for report in terminalreporter.stats.get("passed", ())
-        if (lines := proofs(report.capstdout))
-    }
-    if not seen:
-        return
+    stats = terminalreporter.stats
+    seen = {report.nodeid: proofs(report.capstdout) for report in stats.get("passed", ())}
     if path := os.environ.get("PROOFS_FILE"):
+        bad = [*stats.get("failed", ()), *stats.get("error", ())]
+        failed = {report.nodeid: [f"FAILED: {report.nodeid}"] for report in bad}
         with Path(path).open("a", encoding="utf-8") as file:
-            print(json.dumps(seen), file=file)
-    terminalreporter.section("proofs")
-    terminalreporter.write_line(
-        "\n".join(sorted({line for lines in seen.values() for line in lines}))
-    )
+            print(json.dumps(seen | failed), file=file)
+    lines = {line for lines in seen.values() for line in lines}
+    if lines:
+        terminalreporter.section("proofs")
+        terminalreporter.write_line("\n".join(sorted(lines)))
 
 
 @pytest.fixture(scope="session")

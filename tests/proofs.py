@@ -5,7 +5,7 @@ begin with ``PROOF``.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,15 @@ class Promise:
     text: str
     proof: str
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files and folders of tests that the command names."""
+        return tuple(_TESTS.findall(self.proof))
+
     def is_proved_by(self, test: str) -> bool:
         """Whether the command runs a test of this node id."""
         keywords = _KEYWORD.findall(self.proof)
-        return test.startswith(tuple(_TESTS.findall(self.proof))) and (
+        return test.startswith(self.paths) and (
             not keywords or any(keyword in test for keyword in keywords)
         )
 
@@ -56,20 +61,24 @@ def proofs(said: str) -> list[str]:
 
 
 def table(seen: dict[str, list[str]]) -> str:
-    """The promises that have figures now, in the document's order.
+    """All promises with the figures that came now, in the document's order.
 
     Args:
         seen: By the tests' node ids, what they printed as proofs.
     """
-    figures: dict[Promise, list[str]] = {promise: [] for promise in promises()}
-    for test, lines in seen.items():
-        promise = promise_of(test, figures)
+    tests: dict[Promise, list[str]] = {promise: [] for promise in promises()}
+    for test in seen:
+        promise = promise_of(test, tests)
         if promise is not None:
-            figures[promise] += lines
-    return "\n".join([_HEADER, *_rows(figures)])
+            tests[promise].append(test)
+    rows = (
+        f"| {promise.text} | {promise.proof} | {_figure([seen[test] for test in ran])} |"
+        for promise, ran in tests.items()
+    )
+    return "\n".join([_HEADER, *rows])
 
 
-def _rows(figures: dict[Promise, list[str]]) -> Iterator[str]:
-    for promise, lines in figures.items():
-        if lines:
-            yield f"| {promise.text} | {promise.proof} | {'; '.join(sorted(lines))} |"
+def _figure(said: Sequence[list[str]]) -> str:
+    lines = sorted({line for lines in said for line in lines})
+    tests = f"{len(said)} test{'' if len(said) == 1 else 's'}"
+    return "; ".join([tests, *lines]) if lines else f"NO FIGURE CAME ({tests})"

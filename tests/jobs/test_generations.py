@@ -134,6 +134,9 @@ def test_a_retry_does_exactly_the_frames_of_a_kind(call, job, archive):
     check(job, 19, {key: kind for key, kind in BAD.items() if kind != "corrupt"})
     assert job.exists("png/text.png_depth.png")
     assert not job.exists("png/cut.jpg_depth.png")
+    print(
+        f"PROOF retry of a kind: {second.num_frames} of {len(BAD)} frames, older objects as before"
+    )
 
 
 @pytest.fixture
@@ -343,6 +346,8 @@ def test_a_repair_does_exactly_what_is_broken(call, job, damage):
     assert (status.num_frames, status.state) == (19, "quarantined")
     assert quarantined(job) == {key: kind for key, kind in kept.items() if kind} == BAD
     assert len(JobDataset(job.url)) == 16
+    num_replaced = len(second.replaced)
+    print(f"PROOF repair, {damage.__name__}: {num_replaced} shard, older objects as before")
 
 
 def test_a_repair_of_a_repaired_and_retried_job(call, job, archive):

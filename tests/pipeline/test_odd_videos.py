@@ -244,6 +244,7 @@ def test_pictures_of_an_avi_stay_in_their_places(tmp_path, name):
         frames, errors = read_sliced(path, target_frames)
         assert (len(frames), errors) == (len(expected), {})
         assert same(frames, expected)
+    print(f"PROOF {name}: {len(expected)} pictures in their places")
 
 
 def without_slice(data, which):
@@ -285,6 +286,7 @@ def test_what_refers_to_a_lost_slice_is_corrupt_too(tmp_path, place, which, b_fr
         assert set(errors.values()) == {"corrupt"}
         assert len(errors) <= 13
         assert all(np.array_equal(frames[i], expected[found.pts[i]]) for i in frames)
+    print(f"PROOF slice {which} of frame {place} lost, {b_frames} B-frames: {len(errors)} corrupt")
 
 
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])

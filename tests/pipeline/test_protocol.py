@@ -217,6 +217,7 @@ def test_every_mutant_is_found_out(
     search.run()
     print(*search.violations.items(), sep="\n")
     assert broken in search.violations
+    print(f"PROOF mutant {mutant.__name__}: found, not {broken}")
 
 
 @pytest.mark.parametrize(
