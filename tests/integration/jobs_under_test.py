@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,8 @@ import numpy as np
 import psutil
 
 from jobs.findings import Findings
+from jobs.generations import GenerationView, History, read_plans
 from jobs.lease import heartbeats
-from jobs.manifest import Manifest
 from jobs.plan import Plan, read_plan
 from jobs.verify import verify_job
 from pipeline.layout import PNG_PREFIX, Generation
@@ -198,10 +199,16 @@ class JobUnderTest:
         return read_plan(self.store, GENERATION)
 
     def commits(self) -> dict[str, bytes]:
-        """Every commit record by its key."""
+        """Every commit record by its key, of all generations."""
         store = self.store
-        keys = sorted(item.key for item in store.list(GENERATION.commit_prefix))
+        folders = [generation.commit_prefix for generation, _ in read_plans(store)]
+        keys = sorted(item.key for folder in folders for item in store.list(folder))
         return {key: store.read(key) for key in keys}
+
+    def decided(self) -> frozenset[str]:
+        """Keys of all that says that something is done, of all generations."""
+        keys = (item.key for item in self.store.list())
+        return frozenset(key for key in keys if _SAYS_DONE.fullmatch(key))
 
     def num_commits(self) -> int:
         """How many shards are decided."""
@@ -231,16 +238,18 @@ class JobUnderTest:
         return marked < self.num_commits()
 
     def rows(self) -> list[Row]:
-        """Every row that the manifest leads to, sorted."""
-        store, plan = self.store, self.plan()
-        assert plan is not None
-        manifest = Manifest.load(store, GENERATION, plan.plan_id, plan.num_shards)
-        found = []
-        for record in manifest.records():
+        """Every row that counts, of all generations, sorted."""
+        views = History.load(self.store).views
+        assert views
+        return sorted(row for view in views for row in self._rows(view))
+
+    def _rows(self, view: GenerationView) -> Iterator[Row]:
+        for record in view.records:
             for file in record.files:
-                data = store.read(f"{GENERATION.prefix}{file.path}")
-                found += [_row(item) for item in read_rows(data, _COLUMNS)]
-        return sorted(found)
+                data = self.store.read(f"{view.generation.prefix}{file.path}")
+                for item in read_rows(data, _COLUMNS):
+                    if view.counts(item["asset"], item["frame_index"]):
+                        yield _row(item)
 
     def pngs(self) -> dict[str, str]:
         """Digest of every picture of the PNG tree."""
@@ -274,7 +283,8 @@ class JobUnderTest:
         assert findings.num_rows == findings.num_frames
 
 
-_COLUMNS = ["frame_id", "status", "error_kind", "class_ids", "depth"]
+_SAYS_DONE = re.compile(r"gen-\d+/(commit/.*|png-done/.*|_SUCCESS\.json)")
+_COLUMNS = ["frame_id", "asset", "frame_index", "status", "error_kind", "class_ids", "depth"]
 
 
 def _row(item: dict) -> Row:

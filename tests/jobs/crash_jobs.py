@@ -7,18 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import jobs.cli
 from jobs.spec import check_spec
-from pipeline.storage import open_store
+from pipeline.layout import MANIFEST_PREFIX, Generation
+from pipeline.sinks.parquet import read_rows
+from pipeline.storage import Store, open_store
 from segformer3d.weights import untrained_weights
 from tests.budget import Share
 from tests.integration.jobs_under_test import GENERATION, JobUnderTest, Row
 from tests.jobs import crash_points
 from tests.jobs.crash_points import Orders, Point
 from tests.jobs.job_parts import TINY
-from tests.jobs.local_graph import Footage
+from tests.jobs.local_graph import Footage, without_ray
 from tests.media import encode_image, picture, write_video
 
-EXIT_FAILED, EXIT_QUARANTINED, KILLED = 1, 3, -9
+EXIT_DONE, EXIT_FAILED, EXIT_QUARANTINED, EXIT_INTERRUPTED, KILLED = 0, 1, 3, 130, -9
+# What is no longer there when a job is repaired.
+GONE = "still-000.jpg"
+Verb = Literal["run", "resume", "repair"]
 SETTINGS = ("geometry.short_side_px=64", "shard.frames=2", "output.png=true")
 
 
@@ -34,6 +40,9 @@ class Reference:
         rows: What the job's rows say.
         pngs: Digests of its PNG tree.
         num_shards: Shards of its plan.
+        decided: Keys of all that says that something of it is done.
+        wrecked: URL of a finished job that was wrecked since: what is to be repaired begins as a
+            copy of it, and the other fields say how that ends. Empty if there is none.
     """
 
     folder: Path
@@ -43,6 +52,8 @@ class Reference:
     rows: list[Row]
     pngs: dict[str, str]
     num_shards: int
+    decided: frozenset[str] = frozenset()
+    wrecked: str = ""
 
     def job(self, url: str, environment: dict[str, str] | None = None) -> "KilledJob":
         """A job of this archive that lives at ``url``."""
@@ -91,7 +102,52 @@ def make_reference(folder: Path, *, num_frames: int = 4, num_stills: int = 2) ->
     assert plan is not None
     assert sum(row[1] == "ok" for row in rows) == num_frames + num_stills == len(rows) - 1
     assert len(pngs) == 3 * (num_frames + num_stills)
-    return replace(bare, rows=rows, pngs=pngs, num_shards=plan.num_shards)
+    return replace(
+        bare, rows=rows, pngs=pngs, num_shards=plan.num_shards, decided=job.look.decided()
+    )
+
+
+def make_wrecked_reference(folder: Path) -> Reference:
+    """A job that is finished and then wrecked, and what an undisturbed repair makes of it."""
+    reference = make_reference(folder)
+    finished = reference.job(str(folder / "undisturbed"))
+    wrecked = finished.copy_to(str(folder / "wrecked"))
+    wreck(wrecked.look.store)
+    (reference.archive / GONE).unlink()
+    repaired = wrecked.copy_to(str(folder / "repaired"))
+    footage = Footage.load(reference.footage)
+    with footage.used(), without_ray():
+        assert jobs.cli.run(repaired.orders("repair").arguments) == EXIT_DONE
+    footage.save(reference.footage)
+    repaired.look.check_sound()
+    rows, pngs = repaired.look.rows(), repaired.look.pngs()
+    assert sum(row not in reference.rows for row in rows) == 1
+    assert [row[2] for row in rows].count("not_found") == 1
+    lost = {key for key in reference.pngs if key.startswith(f"png/{GONE}_")}
+    assert pngs == {key: png for key, png in reference.pngs.items() if key not in lost}
+    return replace(
+        reference,
+        rows=rows,
+        pngs=pngs,
+        decided=repaired.look.decided(),
+        wrecked=wrecked.look.url,
+    )
+
+
+def wreck(store: Store) -> None:
+    """Do to a finished job some of everything that a repair mends."""
+    (lost,) = (
+        item.key
+        for item in store.list(GENERATION.data_prefix)
+        if GONE in [row["asset"] for row in read_rows(store.read(item.key), ["asset"])]
+    )
+    snapshot = max(item.key for item in store.list(MANIFEST_PREFIX))
+    store.delete([lost])
+    store.put(snapshot, store.read(snapshot)[:-1])
+    store.put("png/clip.mp4/000000_color.png", b"no picture")
+    # What nobody goes by, and the next driver deletes.
+    store.put(GENERATION.data_key(0, "c" * 32), b"lost a race")
+    store.put(GENERATION.plan_part_key("d" * 32, 0), b"lost a race")
 
 
 @dataclass(frozen=True)
@@ -108,11 +164,11 @@ class KilledJob:
     look: JobUnderTest
     environment: dict[str, str]
 
-    def orders(
-        self, verb: Literal["run", "resume"] = "run", die_at: Point | None = None, **more: object
-    ) -> Orders:
-        """Orders for a driver: ``run`` with all settings, or ``resume`` with the URI alone."""
+    def orders(self, verb: Verb = "run", die_at: Point | None = None, **more: object) -> Orders:
+        """Orders for a driver: ``run`` with all settings, the others with the URI alone."""
         arguments = [verb, self.look.url]
+        if verb == "repair":
+            arguments = ["verify", self.look.url, "--repair"]
         if verb == "run":
             arguments = [verb, "--input", self.look.archive, "--output", self.look.url]
             arguments += ["--weights", str(self.look.weights)]
@@ -146,6 +202,20 @@ class KilledJob:
         assert crash_points.run(orders) == EXIT_QUARANTINED, orders.said.read_text()
         self.assert_kept(kept)
 
+    def repair(self) -> None:
+        """Go on with a repair, as its user does: resume what is planned, then repair the rest."""
+        kept = self.look.commits()
+        if self.has_planned_repair:
+            self.finish(by_uri=True)
+        orders = self.orders("repair")
+        assert crash_points.run(orders) == EXIT_DONE, orders.said.read_text()
+        self.assert_kept(kept)
+
+    @property
+    def has_planned_repair(self) -> bool:
+        """Whether the generation of a repair is planned, which a resume goes on with."""
+        return self.look.exists(Generation(1).plan_key)
+
     def assert_kept(self, kept: dict[str, bytes]) -> None:
         """What was committed stands byte for byte, so nobody decided it again."""
         now = self.look.commits()
@@ -157,9 +227,7 @@ class KilledJob:
         look.check_sound()
         assert look.rows() == reference.rows
         assert look.pngs() == reference.pngs
-        assert look.exists(GENERATION.success_key)
-        assert look.num_commits() == reference.num_shards
-        assert not look.lacks_pngs()
+        assert look.decided() == reference.decided
 
     def assert_little_left(self, deaths: Sequence[Point]) -> None:
         """Files that no listing shows: one for each death between a link and its rename only."""
@@ -168,10 +236,13 @@ class KilledJob:
 
     def copy_to(self, url: str) -> "KilledJob":
         """The same job elsewhere, as far as it has come."""
-        source, target = self.look.store, open_store(url, create=True)
-        for item in source.list():
-            target.put(item.key, source.read(item.key))
+        _copy(self.look.store, open_store(url, create=True))
         return KilledJob(self.reference, replace(self.look, url=url), self.environment)
+
+
+def _copy(source: Store, target: Store) -> None:
+    for item in source.list():
+        target.put(item.key, source.read(item.key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,33 +251,59 @@ class Scenario:
 
     Attributes:
         name: For people.
+        verb: What its drivers are told.
+        code: The exit code of one that nobody kills.
         deaths: Where the drivers before it died.
         rival: Whether another planner is faster.
+        troubled: As of ``Orders``.
         repeat_every: Which shards are published twice.
         kinds: Of objects whose points are wanted; empty for all.
     """
 
     name: str
+    verb: Literal["run", "repair"] = "run"
+    code: int = EXIT_QUARANTINED
     deaths: tuple[Point, ...] = ()
     rival: bool = False
+    troubled: bool = False
     repeat_every: int = 0
     kinds: frozenset[str] = frozenset()
 
     def prepare(self, job: KilledJob) -> None:
-        """Let the drivers before it die."""
+        """Let the drivers before it die, or be done and the job wrecked."""
+        if self.verb == "repair":
+            _copy(open_store(job.reference.wrecked), job.look.store)
         for point in self.deaths:
             job.die(job.orders(die_at=point))
 
-    def orders(self, job: KilledJob, die_at: Point | None = None) -> Orders:
-        """Orders for the run."""
-        return job.orders(die_at=die_at, rival=self.rival, repeat_every=self.repeat_every)
+    def orders(
+        self, job: KilledJob, die_at: Point | None = None, *, by_uri: bool = False
+    ) -> Orders:
+        """Orders for the run, which may go on from where another one died."""
+        verb: Verb = self.verb
+        if job.has_planned_repair or (verb == "run" and by_uri and job.look.exists("job.json")):
+            verb = "resume"
+        return job.orders(
+            verb,
+            die_at,
+            rival=self.rival,
+            troubled=self.troubled,
+            repeat_every=self.repeat_every,
+        )
+
+    def finish(self, job: KilledJob, *, by_uri: bool) -> None:
+        """Let nobody disturb the job any more."""
+        if self.verb == "repair":
+            job.repair()
+        else:
+            job.finish(by_uri=by_uri)
 
     def points(self, job: KilledJob) -> list[Point]:
         """Every point of the run, in order; ``job`` is prepared and comes to its end."""
         orders = replace(
             self.orders(job), points=job.reference.folder / f"{uuid.uuid4().hex}.points"
         )
-        assert crash_points.run(orders) == EXIT_QUARANTINED, orders.said.read_text()
+        assert crash_points.run(orders) == self.code, orders.said.read_text()
         points = crash_points.points_of(orders)
         return [point for point in points if self._wants(point.label)]
 
@@ -232,7 +329,14 @@ CONTESTED = Scenario(
     repeat_every=2,
     kinds=frozenset({"plan part", "plan", "data", "commit record"}),
 )
-SCENARIOS = (FRESH, RESUMED, CONTESTED)
+TROUBLED = Scenario(
+    name="troubled",
+    code=EXIT_INTERRUPTED,
+    troubled=True,
+    kinds=frozenset({"death", "cancel marker"}),
+)
+SCENARIOS = (FRESH, RESUMED, CONTESTED, TROUBLED)
+REPAIRED = Scenario(name="repaired", verb="repair", code=EXIT_DONE)
 
 
 def crash_at_each(
@@ -258,7 +362,7 @@ def crash_at_each(
         point = points[number]
         job = prepared.copy_to(new_url())
         job.die(scenario.orders(job, point))
-        job.finish(by_uri=number % 2 == 0)
+        scenario.finish(job, by_uri=number % 2 == 0)
         job.assert_as_undisturbed()
         job.assert_little_left([point])
         job.look.store.delete(item.key for item in list(job.look.store.list()))
@@ -269,10 +373,7 @@ def crash_at_each(
 def crash_in_turn(job: KilledJob, scenario: Scenario, points: Sequence[Point]) -> None:
     """Die at one point after the other of one job; then resume it to its end."""
     for number, point in enumerate(points):
-        orders = scenario.orders(job, point)
-        if number % 2 and job.look.exists("job.json"):
-            orders = replace(orders, arguments=job.orders("resume").arguments)
-        job.die(orders)
-    job.finish(by_uri=True)
+        job.die(scenario.orders(job, point, by_uri=number % 2 == 1))
+    scenario.finish(job, by_uri=True)
     job.assert_as_undisturbed()
     job.assert_little_left(points)

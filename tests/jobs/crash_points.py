@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,16 +21,20 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.layout import Generation
 from pipeline.storage import Store, local
 from pipeline.storage.local import LocalStore
 
-_KINDS = (
+if TYPE_CHECKING:
+    from pipeline.graph import WeightsFile
+
+KINDS = (
     (r"job\.json", "job"),
     (r"weights/.*", "weights"),
     (r"probe/.*", "probe"),
@@ -44,6 +49,7 @@ _KINDS = (
     (r"gen-\d+/data/.*", "data"),
     (r"gen-\d+/commit/.*", "commit record"),
     (r"gen-\d+/png-done/.*", "png marker"),
+    (r"gen-\d+/attempts/.*", "death"),
     (r"gen-\d+/_SUCCESS\.json", "success"),
 )
 BEFORE, AFTER = "before", "after"
@@ -74,10 +80,11 @@ class Point(NamedTuple):
 
 def kind_of(key: str) -> str:
     """What an object of a job is, by its key."""
-    for pattern, kind in _KINDS:
+    for pattern, kind in KINDS:
         if re.fullmatch(pattern, key):
             return kind
-    return key.partition("/")[0]
+    message = f"{key}: nobody has thought of a death at this kind of object"
+    raise AssertionError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,7 @@ class Orders:
         footage: File of the archive's ``Footage``; None decodes for real.
         die_at: Where it kills itself; None lets it run.
         rival: Whether another planner is faster by a hair.
+        troubled: Whether the process that holds the model dies once, and Ctrl-C comes later.
         repeat_every: As of ``without_ray``.
         points: File that it writes the points to that it came by.
         disk_full: Share of its local writes that find the disk full, and a seed; None for none.
@@ -102,6 +110,7 @@ class Orders:
     footage: Path | None = None
     die_at: Point | None = None
     rival: bool = False
+    troubled: bool = False
     repeat_every: int = 0
     points: Path | None = None
     disk_full: tuple[float, int] | None = None
@@ -159,6 +168,10 @@ def _work(orders: Orders) -> None:
             stack.enter_context(hurried_clients())
         if orders.rival:
             stack.enter_context(_rival_planner())
+        if orders.troubled:
+            # Where notes of the dead lie.
+            stack.enter_context(patch("tempfile.tempdir", str(orders.said.parent)))
+            stack.enter_context(_trouble())
         code = jobs.cli.run(orders.arguments)
     if orders.points is not None:
         orders.points.write_text(json.dumps(watch.points))
@@ -197,6 +210,39 @@ def _rival_planner() -> Iterator[None]:
         return plain(store, key, data)
 
     with patch("jobs.planner.create_once", create_once):
+        yield
+
+
+@contextmanager
+def _trouble() -> Iterator[None]:
+    """Let a process die of the first shard, and Ctrl-C come while the second is in the model."""
+    from jobs.lease import is_cancelled
+    from pipeline import stages
+    from pipeline.deaths import Journal
+    from tests.jobs import local_graph
+
+    class Stricken(local_graph.AnnotateStandIn):
+        def __init__(self, context: stages.StageContext, weights: "WeightsFile") -> None:
+            super().__init__(context, weights)
+            self._context, self._num_seen = context, 0
+            place = context.store(), context.layout, context.lease
+            lost = Journal(*place)
+            lost.note(0)
+            # With the process goes the lock, and Ray starts another one.
+            os.close(lost._file)
+            Journal(*place)
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            self._num_seen += 1
+            if self._num_seen == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                while not is_cancelled(self._context.store(), self._context.lease):
+                    time.sleep(0.01)
+                # Else the stages would look for the marker once a second only.
+                stages._drain_seen.clear()
+            return super().__call__(table)
+
+    with patch.object(local_graph, "AnnotateStandIn", Stricken):
         yield
 
 

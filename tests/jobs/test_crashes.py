@@ -18,21 +18,33 @@ from tests.jobs.crash_jobs import (
     EXIT_QUARANTINED,
     FRESH,
     KILLED,
+    REPAIRED,
     RESUMED,
     SCENARIOS,
+    TROUBLED,
     KilledJob,
     Reference,
     Scenario,
     crash_at_each,
     crash_in_turn,
     make_reference,
+    make_wrecked_reference,
 )
-from tests.jobs.crash_points import AFTER, BEFORE, LINKED, UNLINKED, UNRENAMED, UNSYNCED, Point
+from tests.jobs.crash_points import (
+    AFTER,
+    BEFORE,
+    KINDS,
+    LINKED,
+    UNLINKED,
+    UNRENAMED,
+    UNSYNCED,
+    Point,
+)
 from tests.jobs.local_graph import small_ranges
 
 SEED = 20261125
 NUM_KILLS = 1000
-LOCAL_SHARE, S3_SHARE, KILLS_SHARE = Share(4), Share(6), Share(10)
+LOCAL_SHARE, S3_SHARE, KILLS_SHARE = Share(4), Share(5), Share(10)
 # In the order in which a job comes to them, and each in reach of a driver that goes on after the
 # one before.
 LABELS = (
@@ -41,6 +53,14 @@ LABELS = (
     *("put png", "put png marker", "put snapshot", "create success"),
 )
 LOSERS = ("delete plan part", "delete data")
+TROUBLES = ("put death", "put cancel marker")
+# Of a repair, and of what it collects in the end.
+REPAIRS = (
+    *("delete snapshot", "create lease", "put heartbeat", "put plan part", "create plan"),
+    *("put data", "create commit record", "put png", "put png marker", "delete png"),
+    *("put snapshot", "delete data", "delete plan part", "create success"),
+)
+PICTURES = ("put png", "delete png")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,17 +74,32 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture(scope="module")
+def wrecked(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_wrecked_reference(tmp_path_factory.mktemp("wrecked"))
+
+
 @pytest.fixture
 def s3_environment(s3_server: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
-def test_the_labels_are_all_there_are(reference: Reference, tmp_path: Path) -> None:
+def test_the_labels_are_all_there_are(
+    reference: Reference, wrecked: Reference, tmp_path: Path
+) -> None:
     fresh = FRESH.points(reference.job(str(tmp_path / "fresh")))
     assert tuple(dict.fromkeys(point.label for point in fresh)) == LABELS
     contested = CONTESTED.points(reference.job(str(tmp_path / "contested")))
     new = dict.fromkeys(point.label for point in contested if point.label not in LABELS)
     assert tuple(new) == LOSERS
+    troubled = TROUBLED.points(reference.job(str(tmp_path / "troubled")))
+    assert tuple(dict.fromkeys(point.label for point in troubled)) == TROUBLES
+    job = wrecked.job(str(tmp_path / "wrecked"))
+    REPAIRED.prepare(job)
+    repaired = REPAIRED.points(job)
+    assert tuple(dict.fromkeys(point.label for point in repaired)) == REPAIRS
+    labels = {*LABELS, *LOSERS, *TROUBLES, *REPAIRS}
+    assert {label.partition(" ")[2] for label in labels} == {kind for _, kind in KINDS}
     steps = Counter(point.step for point in fresh if point.label == "create commit record")
     assert steps == dict.fromkeys((BEFORE, UNSYNCED, UNLINKED, LINKED, AFTER), reference.num_shards)
 
@@ -82,6 +117,25 @@ def test_a_death_at_each_kind_of_write_that_lost_a_race(
 ) -> None:
     points = [Point(label, 1, step) for label in LOSERS]
     crash_in_turn(reference.job(str(tmp_path / "out")), CONTESTED, points)
+
+
+@pytest.mark.parametrize("step", [BEFORE, AFTER])
+def test_a_death_when_a_process_is_lost_and_the_run_interrupted(
+    reference: Reference, tmp_path: Path, step: str
+) -> None:
+    points = [Point(label, 1, step) for label in TROUBLES]
+    crash_in_turn(reference.job(str(tmp_path / "out")), TROUBLED, points)
+
+
+@pytest.mark.parametrize("step", [BEFORE, AFTER])
+def test_a_death_in_a_repair(wrecked: Reference, tmp_path: Path, step: str) -> None:
+    # Who seals and collects has made all pictures before: a job of its own for these.
+    others = tuple(label for label in REPAIRS if label not in PICTURES)
+    for labels in (others, PICTURES):
+        job = wrecked.job(str(tmp_path / labels[0]))
+        REPAIRED.prepare(job)
+        crash_in_turn(job, REPAIRED, [Point(label, 1, step) for label in labels])
+    print(f"PROOF crash points, one a label, {step}: {len(REPAIRS)} deaths in two local repairs")
 
 
 def test_a_death_within_a_local_write(reference: Reference, tmp_path: Path) -> None:
@@ -121,6 +175,13 @@ def test_a_death_at_every_point_on_a_folder(
         scenario, reference, lambda: str(tmp_path / uuid4().hex), share=LOCAL_SHARE
     )
     _say("local", scenario, *done)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LOCAL_SHARE.timeout_s)
+def test_a_death_at_every_point_of_a_repair(wrecked: Reference, tmp_path: Path) -> None:
+    done = crash_at_each(REPAIRED, wrecked, lambda: str(tmp_path / uuid4().hex), share=LOCAL_SHARE)
+    _say("local", REPAIRED, *done)
 
 
 @pytest.mark.slow
