@@ -95,6 +95,14 @@ def s3_bucket_url(s3_server: str) -> str:
     return f"s3://out/{uuid4().hex}"
 
 
+@pytest.fixture
+def job_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a job may lie: a new folder, or on the real server for a test that asks for ``S3``."""
+    if getattr(request, "param", "local") == "S3":
+        return str(request.getfixturevalue("s3_bucket_url"))
+    return str(tmp_path / "job")
+
+
 @pytest.fixture(scope="session")
 def moto_server(aws_environment: None) -> Iterator[str]:
     """Endpoint URL of moto's server with buckets ``frames`` and ``out``; it takes any secret."""

@@ -78,8 +78,23 @@ class Job:
         )
 
 
-def make_job(folder: Path, *, num_images: int = 10, frames: int = 2, bad: bool = True) -> Job:
-    """An archive of small JPEGs, one of them broken, claimed and planned."""
+def make_job(
+    folder: Path,
+    *,
+    url: str | None = None,
+    num_images: int = 10,
+    frames: int = 2,
+    bad: bool = True,
+) -> Job:
+    """An archive of small JPEGs, one of them broken, claimed and planned.
+
+    Args:
+        folder: Where the archive is, and the job unless told.
+        url: Where the job is.
+        num_images: How many good ones.
+        frames: Of a shard.
+        bad: Whether one is broken.
+    """
     archive = folder / "archive"
     archive.mkdir(parents=True, exist_ok=True)
     for index in range(num_images):
@@ -90,13 +105,18 @@ def make_job(folder: Path, *, num_images: int = 10, frames: int = 2, bad: bool =
     spec = check_spec(
         {
             "input": {"url": str(archive)},
-            "output": {"url": str(folder / "job"), "png": True},
+            "output": {"url": url or str(folder / "job"), "png": True},
             "geometry": {"short_side_px": 64},
             "shard": {"frames": frames},
         },
         "the job",
     )
     return plan_job(spec)
+
+
+def where(url: str) -> str:
+    """Where a job lies, for people."""
+    return "on S3" if "://" in url else "on a folder"
 
 
 def plan_job(spec: JobSpec) -> Job:

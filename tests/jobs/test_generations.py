@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,11 +20,12 @@ from pipeline.layout import Generation, attempt_of
 from pipeline.stages import make_pngs
 from pipeline.storage import StorageOptions, open_store
 from pipeline.storage.local import LocalStore
-from tests.jobs.job_parts import TINY
+from tests.jobs.job_parts import TINY, where
 from tests.jobs.local_graph import without_ray
 from tests.media import encode_image, picture, tar_of, write_video
 
 SIZE = (96, 64)
+ANYWHERE = pytest.mark.parametrize("job_url", ["local", "S3"], indirect=True)
 FIRST, SECOND, THIRD = Generation(0), Generation(1), Generation(2)
 
 
@@ -63,16 +65,16 @@ def said(capsys, code):
 
 
 @pytest.fixture
-def job(call, archive, tmp_path):
+def job(job_url, call, archive):
     """The finished job: three frames are quarantined, one of each kind."""
-    code, result = annotate(call, archive, tmp_path / "job")
+    code, result = annotate(call, archive, job_url)
     assert (code, result["num_frames"], result["num_quarantined"]) == (3, 19, 3)
-    return open_store(str(tmp_path / "job"))
+    return open_store(job_url)
 
 
 def annotate(call, archive, url):
     arguments = ["run", "--input", archive, "--output", url, "--json"]
-    arguments += ["--weights", url.parent / "weights.safetensors"]
+    arguments += ["--weights", archive.parent / "weights.safetensors"]
     for setting in ("geometry.short_side_px=64", "shard.frames=4", "output.png=true"):
         arguments += ["--set", setting]
     return call(*arguments)
@@ -91,8 +93,9 @@ def outcomes(store):
             found.pop((path, -1), None)
         if not plan.num_shards:
             continue
-        rows = pq.read_table(f"{store.url}/{generation.prefix}data").to_pylist()
-        for row in rows:
+        keys = [item.key for item in store.list(generation.data_prefix)]
+        tables = [pq.read_table(pa.BufferReader(store.read(key))) for key in keys]
+        for row in pa.concat_tables(tables).to_pylist():
             for key in [key for key in found if key[0] == row["asset"] and key[1] == -1]:
                 del found[key]
             found[row["asset"], row["frame_index"]] = row["error_kind"]
@@ -120,6 +123,7 @@ def check(store, num_frames, bad):
 BAD = {("cut.jpg", 0): "truncated", ("empty.mp4", -1): "truncated", ("text.png", -1): "corrupt"}
 
 
+@ANYWHERE
 def test_a_retry_does_exactly_the_frames_of_a_kind(call, job, archive):
     check(job, 19, BAD)
     before = objects(job)
@@ -134,9 +138,8 @@ def test_a_retry_does_exactly_the_frames_of_a_kind(call, job, archive):
     check(job, 19, {key: kind for key, kind in BAD.items() if kind != "corrupt"})
     assert job.exists("png/text.png_depth.png")
     assert not job.exists("png/cut.jpg_depth.png")
-    print(
-        f"PROOF retry of a kind: {second.num_frames} of {len(BAD)} frames, older objects as before"
-    )
+    retried = f"{second.num_frames} of {len(BAD)} frames"
+    print(f"PROOF retry of a kind {where(job.url)}: {retried}, older objects as before")
 
 
 @pytest.fixture
@@ -326,7 +329,13 @@ def lose_record(store):
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_data, lose_data, damage_record, lie_in_record, lose_record]
+    ("job_url", "damage"),
+    [
+        *(("local", damage) for damage in (damage_data, lose_data, damage_record)),
+        *(("local", damage) for damage in (lie_in_record, lose_record)),
+        *(("S3", damage) for damage in (damage_data, lose_record)),
+    ],
+    indirect=["job_url"],
 )
 def test_a_repair_does_exactly_what_is_broken(call, job, damage):
     kept = outcomes(job)
@@ -346,8 +355,7 @@ def test_a_repair_does_exactly_what_is_broken(call, job, damage):
     assert (status.num_frames, status.state) == (19, "quarantined")
     assert quarantined(job) == {key: kind for key, kind in kept.items() if kind} == BAD
     assert len(JobDataset(job.url)) == 16
-    num_replaced = len(second.replaced)
-    print(f"PROOF repair, {damage.__name__}: {num_replaced} shard, older objects as before")
+    print(f"PROOF repair {where(job.url)}, {damage.__name__}: 1 shard, older objects as before")
 
 
 def test_a_repair_of_a_repaired_and_retried_job(call, job, archive):
@@ -393,6 +401,7 @@ def lose_pngs(store):
     store.delete(keys)
 
 
+@ANYWHERE
 def test_pngs_that_show_other_things_than_the_data_are_made_anew(call, job, archive):
     keys = ["png/0.jpg_depth.png", "png/3.jpg_color.png"]
     wanted = [job.read(key) for key in keys]

@@ -15,7 +15,7 @@ from pipeline.layout import LEASE_PREFIX, MANIFEST_PREFIX, PROBE_PREFIX, Generat
 from pipeline.records import canonical_json
 from pipeline.storage import StorageOptions
 from tests.budget import Share
-from tests.jobs.job_parts import finish_job, make_job
+from tests.jobs.job_parts import finish_job, make_job, where
 
 SEED = 5
 NUM_CHANGES = 5000
@@ -26,9 +26,9 @@ NEWS = (LEASE_PREFIX, PROBE_PREFIX)
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path, job_url):
     """A finished job with everything that one may hold."""
-    made = published(tmp_path)
+    made = published(tmp_path, job_url)
     finish_job(made)
     lease = take_lease(made.store)
     mark_cancelled(made.store, lease)
@@ -36,8 +36,8 @@ def job(tmp_path):
     return made
 
 
-def published(folder):
-    made = make_job(folder, num_images=5)
+def published(folder, url=None):
+    made = make_job(folder, url=url, num_images=5)
     made.publish(range(made.plan.num_shards))
     return made
 
@@ -184,10 +184,13 @@ def line(noticed, unnoticed):
     )
 
 
-def test_a_hundred_tamperings_are_noticed(job):
-    noticed, unnoticed = tamper_often(job, range(120))
-    assert noticed.total() > 50
-    print(f"PROOF tampering (fast): {line(noticed, unnoticed)}")
+@pytest.mark.parametrize(
+    ("job_url", "num_changes"), [("local", 120), ("S3", 8)], indirect=["job_url"]
+)
+def test_a_hundred_tamperings_are_noticed(job, num_changes):
+    noticed, unnoticed = tamper_often(job, range(num_changes))
+    assert noticed.total() > num_changes / 3
+    print(f"PROOF tampering (fast, {where(job.store.url)}): {line(noticed, unnoticed)}")
 
 
 @pytest.mark.slow

@@ -21,9 +21,12 @@ from tests.jobs.job_parts import finish_job, make_job
 GENERATION = Generation()
 
 
+ANYWHERE = pytest.mark.parametrize("job_url", ["local", "S3"], indirect=True)
+
+
 @pytest.fixture
-def job(tmp_path):
-    made = make_job(tmp_path)
+def job(tmp_path, job_url):
+    made = make_job(tmp_path, url=job_url)
     made.publish(range(made.plan.num_shards))
     return made
 
@@ -49,6 +52,7 @@ def rewrite_record(job, change):
     job.store.put(key, json.dumps(fields).encode())
 
 
+@ANYWHERE
 def test_a_whole_job_is_sound_and_complete(finished):
     found = findings(finished)
     assert found.is_complete
@@ -64,7 +68,11 @@ def test_an_unfinished_job_is_sound(tmp_path):
     assert found.undecided == {0: [2, 3, 4, 5]}
 
 
-@pytest.mark.parametrize("place", [0, 100, -1])
+@pytest.mark.parametrize(
+    ("job_url", "place"),
+    [("local", 0), ("local", 100), ("local", -1), ("S3", 100)],
+    indirect=["job_url"],
+)
 def test_any_changed_byte_is_found(job, place):
     key = first_data(job)
     data = bytearray(job.store.read(key))
@@ -73,6 +81,7 @@ def test_any_changed_byte_is_found(job, place):
     assert findings(job).faults == [f"{key}: other content than was committed"]
 
 
+@ANYWHERE
 def test_a_missing_object(job):
     key = first_data(job)
     job.store.delete([key])
@@ -125,6 +134,7 @@ def test_doubled_and_missing_rows_of_a_record_that_pins_them(job, rows, expected
     assert (0, 0) in found.broken
 
 
+@ANYWHERE
 def test_foreign_objects(job):
     job.store.put("gen-0000/commit/00000/shard-00000099.json", b"{}")
     assert "not a commit record of this plan" in findings(job).faults[0]
@@ -140,6 +150,7 @@ def test_foreign_objects(job):
         job.store.delete([key])
 
 
+@ANYWHERE
 def test_foreign_pictures(finished):
     key = "png/0000.jpg_color.png"
     stranger = "png/1/intruder_color.png"
@@ -274,6 +285,7 @@ def test_a_changed_plan_is_found(job):
     assert any("another plan" in fault for fault in findings(job).faults)
 
 
+@ANYWHERE
 def test_orphans_are_named_but_no_fault(finished):
     orphans = [GENERATION.data_key(0, "f" * 32), GENERATION.plan_part_key("e" * 32, 0)]
     for orphan in orphans:
