@@ -29,6 +29,8 @@ from tests.integration.jobs_under_test import (
 from tests.integration.traced_cli import TRACE_FOLDER, Event, read_trace, trace_path
 
 NUM_ROUNDS = 50
+# In so many, some node that was frozen must have been given up before it woke.
+ENOUGH_ROUNDS = 10
 # Where another run of this test ended, so that one may go on with what that left.
 FIRST_ROUND = int(os.environ.get("CHAOS_FIRST_ROUND", "0"))
 # Of each kind of fault.
@@ -92,6 +94,7 @@ class Round:
         num_extra: How many times more than once, over all shards.
         committed_again: Shards that the model saw although they were committed before the fault.
         num_undead: What processes that were declared dead began or ended after that.
+        was_given_up: Whether the cluster had given up the node that was frozen.
     """
 
     seconds: float
@@ -102,6 +105,12 @@ class Round:
     num_extra: int
     committed_again: frozenset[int]
     num_undead: int
+    was_given_up: bool
+
+    @property
+    def has_zombie(self) -> bool:
+        """Whether processes of a node that had been given up woke and went on."""
+        return self.was_given_up and self.num_undead > 0
 
 
 @dataclass
@@ -284,8 +293,11 @@ def test_a_broken_cluster_loses_nothing_and_does_little_twice(
             f"{len(found.in_flight)} in flight, exit code {found.code} after "
             f"{found.seconds:.1f} s, {found.num_extra} shards again, "
             f"{found.num_undead} steps of the undead"
+            f"{', its node had been given up' if found.was_given_up else ''}"
         )
     print(proof(kind, rounds))
+    if kind == "frozen" and len(rounds) >= ENOUGH_ROUNDS:
+        assert any(item.has_zombie for item in rounds), "no node was given up and woke"
 
 
 def fight(field_: Field, job: JobUnderTest, kind: str, rng: random.Random) -> Round:
@@ -305,13 +317,14 @@ def fight(field_: Field, job: JobUnderTest, kind: str, rng: random.Random) -> Ro
         assert driver.result()["num_done"] == num_shards
     else:
         check_last_words(driver)
-    mend(field_, kind, strikes)
+    was_given_up = mend(field_, kind, strikes)
     if code != 0:
         # What was in flight when it stopped is done again too; workers may outlive it a little.
         stop = Strike(began_at=ended_at, ended_at=time.time(), pids=frozenset())
         strikes = [stop, *strikes]
         resume(field_, job, num_shards)
-    return judge(read_trace(trace_path(job.url)), strikes, before, seconds, code)
+    events = read_trace(trace_path(job.url))
+    return judge(events, strikes, before, seconds, code, was_given_up=was_given_up)
 
 
 @contextlib.contextmanager
@@ -369,19 +382,21 @@ def check_last_words(driver: Driver) -> None:
     assert "Traceback" not in driver.said
 
 
-def mend(field_: Field, kind: str, strikes: list[Strike]) -> None:
-    """Give the cluster back what it lost."""
+def mend(field_: Field, kind: str, strikes: list[Strike]) -> bool:
+    """Give the cluster back what it lost; says whether a frozen node had been given up."""
     if kind == "head":
         field_.leave()
-        return
+        return False
     cluster = field_.held()
+    was_given_up = False
     for node in cluster.nodes():
         if kind == "frozen" and node.raylet_pid in strikes[-1].pids:
-            what = "was still of the cluster" if node.is_alive else "had been given up"
-            print(f"the node that was frozen {what}")
+            # One that wakes and is told so ends itself.
+            was_given_up = not node.is_alive
             cluster.remove(node)
     while len(cluster.nodes()) < NUM_NODES:
         cluster.add_node(**NODE)
+    return was_given_up
 
 
 def resume(field_: Field, job: JobUnderTest, num_shards: int) -> None:
@@ -404,7 +419,13 @@ def resume(field_: Field, job: JobUnderTest, num_shards: int) -> None:
 
 
 def judge(
-    events: list[Event], strikes: list[Strike], before: frozenset[int], seconds: float, code: int
+    events: list[Event],
+    strikes: list[Strike],
+    before: frozenset[int],
+    seconds: float,
+    code: int,
+    *,
+    was_given_up: bool,
 ) -> Round:
     first = min(strike.ended_at for strike in strikes)
     last = strikes[-1]
@@ -427,6 +448,7 @@ def judge(
         num_extra=sum(number - 1 for number in times.values()),
         committed_again=before & set(annotated(events, since=first)),
         num_undead=sum(event.pid in last.pids and event.at > last.ended_at for event in events),
+        was_given_up=was_given_up,
     )
 
 
@@ -452,5 +474,6 @@ def proof(kind: str, rounds: list[Round]) -> str:
         f"in flight {min(in_flight)} to {max(in_flight)} shards a round, computed again "
         f"{sum(extra)} in all, {max(extra)} in a round at the most; committed and computed again "
         f"{sum(len(item.committed_again) for item in rounds)}; rows lost or twice 0; "
-        f"steps of processes declared dead {sum(item.num_undead for item in rounds)}"
+        f"steps of processes declared dead {sum(item.num_undead for item in rounds)}, "
+        f"nodes given up that woke and went on {sum(item.has_zombie for item in rounds)}"
     )
