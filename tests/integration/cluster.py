@@ -217,15 +217,23 @@ def free_port() -> int:
 
 def listening(pid: int) -> set[str]:
     """The addresses on which a process and all its descendants listen."""
-    found = set()
+    return {host for _, host, _ in _listeners(pid)}
+
+
+def heads(pid: int) -> set[str]:
+    """HOST:PORT of all on which a head of Ray's listens that descends from a process."""
+    return {f"127.0.0.1:{port}" for name, _, port in _listeners(pid) if name == "gcs_server"}
+
+
+def _listeners(pid: int) -> Iterator[tuple[str, str, int]]:
+    """Name, host and port of each that listens among a process and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 for connection in process.net_connections("inet"):
                     if connection.status == psutil.CONN_LISTEN:
-                        found.add(connection.laddr.ip)
-    return found
+                        yield process.name(), connection.laddr.ip, connection.laddr.port
 
 
 def _processes(folder: Path) -> list[psutil.Process]:

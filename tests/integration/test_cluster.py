@@ -16,9 +16,11 @@ import pytest
 import yaml
 
 from jobs.cli import run
+from jobs.cluster import _answer
 from tests.integration.cluster import (
     LoopbackCluster,
     free_port,
+    heads,
     listening,
     running_cluster,
     without_ray,
@@ -63,12 +65,16 @@ def embedded_rows(archive: Path, weights: Path, tmp_path_factory) -> list[Row]:
     job = a_job(archive, weights, tmp_path_factory.mktemp("embedded"))
     driver = start(run_arguments(job), HOME=str(home))
     heard: set[str] = set()
+    answers: set[str] = set()
     while driver.poll() is None:
         heard |= listening(driver.pid)
+        answers |= {_answer(address, with_token=False) for address in heads(driver.pid)}
         time.sleep(1.0)
     assert finish(driver)[0] == 0
     assert heard
     assert heard <= LOOPBACK
+    assert "UNAUTHENTICATED" in answers
+    assert "OK" not in answers, "that Ray lets in whoever has no token"
     token = home / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o777 == 0o600
     assert len(token.read_text()) == 64
