@@ -26,6 +26,8 @@ LONG_FILES = {
         "segformer3d/test_gpu.py",
         "jobs/test_train.py",
         "jobs/test_s3_faults.py",
+        "jobs/test_no_secret_is_written.py",
+        "jobs/test_crashes.py",
     )
 }
 

@@ -148,6 +148,7 @@ def test_torchrun_s_environment_is_honoured(origin, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_of_ray_train_are_one_process(origin, tmp_path):
     changes = [word for item in ("phases.0.epochs=1", "freeze=[]") for word in ("--set", item)]
     one, two = tmp_path / "one", tmp_path / "two"

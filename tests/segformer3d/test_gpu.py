@@ -36,6 +36,7 @@ def test_kernels_by_the_interpreter(project_root, tmp_path):
     assert " passed in " in done.stdout.splitlines()[-1], done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there on Linux only")
 def test_kernels_compile_for_hopper(project_root, tmp_path):
     done = subprocess.run(
