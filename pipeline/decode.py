@@ -296,8 +296,7 @@ class _ShardLedger:
         good = [slot for slot, outcome in enumerate(self._outcomes) if outcome == ()]
         pixels = np.empty((0, spec.input_height_px, spec.input_width_px, 3), np.uint8)
         if good:
-            mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            pixels = np.frombuffer(mapped, np.uint8).reshape(-1, *pixels.shape[1:])
+            pixels = np.frombuffer(mmap.mmap(fd, 0), np.uint8).reshape(-1, *pixels.shape[1:])
             for place, slot in enumerate(good):
                 if place != slot:
                     pixels[place] = pixels[slot]

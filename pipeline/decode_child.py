@@ -191,8 +191,7 @@ def decode_items(request: DecodeRequest, pixels: UInt8Array, pulse: _Pulse) -> N
 
 
 def _map_pixels(fd: int, size: tuple[int, int]) -> UInt8Array:
-    # All pages at once: one by one, at their first touch, they cost a third of all decoding.
-    mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    mapped = mmap.mmap(fd, 0)
     os.close(fd)
     width, height = size
     return np.frombuffer(mapped, np.uint8).reshape(-1, height, width, 3)
