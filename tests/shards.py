@@ -4,10 +4,27 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from pipeline.decode import DecodeLimits
 from pipeline.records import AnnotatedShard, Certainty, DecodedShard, FrameRecord
+from pipeline.stages import StageContext
+from pipeline.storage import StorageOptions, Store
 from segformer3d.config import METRIC_DEPTH
 
 SIZE = (96, 64)
+
+
+def stage_context(store: Store, lease: int) -> StageContext:
+    """A run of a job that has nothing but its store."""
+    return StageContext(
+        job_url=store.url,
+        job_storage=StorageOptions(),
+        archive_storage=StorageOptions(),
+        generation=0,
+        plan_id="plan",
+        lease=lease,
+        metadata={},
+        limits=DecodeLimits(),
+    )
 
 
 def grey_shard(values: Sequence[int], bad: Collection[int] = ()) -> DecodedShard:

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from pipeline.deaths import Deaths, Journal, spare
-from pipeline.decode import DecodeLimits
 from pipeline.layout import Generation, death_of
 from pipeline.records import AnnotatedShard
-from pipeline.stages import AnnotateShard, StageContext
-from pipeline.storage import StorageOptions, open_store
+from pipeline.stages import AnnotateShard
+from pipeline.storage import open_store
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY
 from tests.predictions import assert_same_class_ids
-from tests.shards import grey_shard
+from tests.shards import grey_shard, stage_context
 
 LAYOUT = Generation()
 
@@ -210,16 +209,7 @@ FATAL = 255
 
 def stage(store, lease=1):
     """The real stage with the real journal; some frames are the death of its process."""
-    context = StageContext(
-        job_url=store.url,
-        job_storage=StorageOptions(),
-        archive_storage=StorageOptions(),
-        generation=0,
-        plan_id="plan",
-        lease=lease,
-        metadata={},
-        limits=DecodeLimits(),
-    )
+    context = stage_context(store, lease)
     journal = Journal(store, LAYOUT, lease)
     return AnnotateShard(context, untrained_weights(TINY), journal)
 

@@ -20,10 +20,11 @@ from pipeline.sources import video
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import slice_asset
 from pipeline.sources.video import probe_video
-from pipeline.stages import DecodeShard, StageContext
-from pipeline.storage import StorageOptions, open_store
+from pipeline.stages import DecodeShard
+from pipeline.storage import open_store
 from pipeline.storage.local import LocalStore
 from tests.media import encode_image, picture, write_video
+from tests.shards import stage_context
 
 LIMITS = DecodeLimits()
 SIZE = (64, 32)
@@ -252,17 +253,7 @@ def store(tmp_path):
 
 
 def stage(store, lease):
-    context = StageContext(
-        job_url=store.url,
-        job_storage=StorageOptions(),
-        archive_storage=StorageOptions(),
-        generation=0,
-        plan_id="plan",
-        lease=lease,
-        metadata={},
-        limits=DecodeLimits(),
-    )
-    return DecodeShard(context)
+    return DecodeShard(stage_context(store, lease))
 
 
 def test_deaths_at_an_input_are_counted_over_all_drivers(tmp_path, traps, store, monkeypatch):
