@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.weights import file_sha256, read_foreign, write_weights
 from pipeline.errors import JobError, UserError
+from pipeline.web import NoRedirects
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _STATES = ("model.safetensors", "pytorch_model.bin")
@@ -173,23 +174,17 @@ class _Fetch:
         )
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Whoever redirects has answered; where to is not asked, it may be a neighbour of ours."""
-
-    def redirect_request(self, *_: object) -> None:
-        """Nowhere."""
-
-
 def _trouble(endpoint: str) -> str | None:
     """Why the hub cannot be reached, if so: its library tries for half a minute to find out.
 
-    Its host is the user's choice, and so are proxies, which the library uses too.
+    Its host is the user's choice, and so are proxies, which the library uses too; where it
+    redirects to is not asked, that may be a neighbour of ours.
     """
     if not endpoint.startswith(("http://", "https://")):
         return "no http(s) URL"
     request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310  the user's endpoint
     try:
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=_ANSWER_S):
+        with urllib.request.build_opener(NoRedirects).open(request, timeout=_ANSWER_S):
             return None
     except urllib.error.HTTPError:
         return None  # it answered

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 
 from jobs.claim import claim_job
 from jobs.cluster import AUTH_SOURCES, OPEN_CLUSTER, require_token
@@ -19,6 +19,7 @@ from jobs.spec import JobSpec
 from pipeline.errors import JobError, UserError
 from pipeline.storage.opening import resolve_options
 from pipeline.urls import refuse_credentials, shown
+from pipeline.web import NoRedirects
 
 _ANSWER_S = 10.0
 _SUBMIT_S = 60.0
@@ -142,17 +143,10 @@ class _JobsServer:
         if with_token:
             headers |= get_auth_headers_if_auth_enabled({})
         request = Request(self.address + path, data, headers)  # noqa: S310  # http(s) only
-        # Nor may a proxy of the environment see the token.
-        opener = build_opener(_NoRedirects, ProxyHandler({}))
+        # Nobody may send the token elsewhere, nor a proxy of the environment see it.
+        opener = build_opener(NoRedirects, ProxyHandler({}))
         with opener.open(request, timeout=timeout_s) as answer:
             answer.read()
-
-
-class _NoRedirects(HTTPRedirectHandler):
-    """Nobody may send the token elsewhere."""
-
-    def redirect_request(self, *_: object) -> None:
-        """A redirection is an answer like any other error."""
 
 
 def _with_endpoints(spec: JobSpec) -> JobSpec:

@@ -150,6 +150,13 @@ class _SecureHandler(HTTPSHandler):
         return self.do_open(_SecureConnection, req)
 
 
+class NoRedirects(HTTPRedirectHandler):
+    """Follows none: a redirection is an answer like any other error."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Nowhere."""
+
+
 class _Redirects(HTTPRedirectHandler):
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str

@@ -112,19 +112,16 @@ def test_a_death_at_each_kind_of_write(reference: Reference, tmp_path: Path, ste
 
 
 @pytest.mark.parametrize("step", [BEFORE, AFTER])
-def test_a_death_at_each_kind_of_write_that_lost_a_race(
-    reference: Reference, tmp_path: Path, step: str
+@pytest.mark.parametrize(
+    ("scenario", "labels"),
+    [(CONTESTED, LOSERS), (TROUBLED, TROUBLES)],
+    ids=["lost a race", "lost a process, and interrupted"],
+)
+def test_a_death_at_each_kind_of_write_in_trouble(
+    reference: Reference, tmp_path: Path, scenario: Scenario, labels: tuple[str, ...], step: str
 ) -> None:
-    points = [Point(label, 1, step) for label in LOSERS]
-    crash_in_turn(reference.job(str(tmp_path / "out")), CONTESTED, points)
-
-
-@pytest.mark.parametrize("step", [BEFORE, AFTER])
-def test_a_death_when_a_process_is_lost_and_the_run_interrupted(
-    reference: Reference, tmp_path: Path, step: str
-) -> None:
-    points = [Point(label, 1, step) for label in TROUBLES]
-    crash_in_turn(reference.job(str(tmp_path / "out")), TROUBLED, points)
+    points = [Point(label, 1, step) for label in labels]
+    crash_in_turn(reference.job(str(tmp_path / "out")), scenario, points)
 
 
 @pytest.mark.parametrize("step", [BEFORE, AFTER])
