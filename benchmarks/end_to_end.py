@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from benchmarks.job import Commit
     from pipeline.stages import StageContext
 
     Span = tuple[float, float]  # from when to when, in seconds since 1970
@@ -56,6 +55,7 @@ THREADS, JOB = "all stages in threads, no Ray", "whole job, staged"
 BUNDLED = "mit_b0"
 ALONE_S = 6.0  # of each way that is measured by itself
 QUEUED = 4  # shards that wait between two stages
+AT_A_TIME = 2  # shards in the model: the next one's frames are there when the last one is through
 KEPT_SHARDS = 4  # decoded ones for the model alone: more than its cache holds
 SAMPLE_S = 0.1
 # Only then are the model's graphs recorded.
@@ -76,7 +76,7 @@ class Report:
         decoders: Decoding threads, or tasks of the job.
         publishers: Publishing threads.
         rates: Frames a second of each way.
-        model_busy: Share of the time that the model's thread was in its stage, by way.
+        model_busy: Share of the time that a shard was in the model, by way.
         gpu_busy: Share of the time that the GPU ran any kernel, by way; without NVML nothing.
         first_commit_s: From the job's command to its first committed shard.
         limit: What the job says of its stages.
@@ -188,11 +188,12 @@ def _without_ray(folder: Path, weights: bytes, report: Report, clock: GpuClock) 
         annotated = _model_alone(annotate, kept, report, clock)
         report.keep(PUBLISH, _publish_alone(publishers, context, annotated, len(tables)))
         _say(THREADS)
-        commits, spans = pipelined(decoders, publishers, annotate, tables)
+        commits = pipelined(decoders, publishers, annotate, tables)
     shutil.rmtree(output)
-    report.keep(THREADS, rate_after(commits, 1))
+    report.keep(THREADS, rate_after([(when, receipt.num_rows) for when, receipt in commits], 1))
     window = commits[0][0], commits[-1][0]
-    report.model_busy[THREADS] = _share(spans, window)
+    in_model_s = sum(receipt.annotate_s for _, receipt in commits[1:])
+    report.model_busy[THREADS] = in_model_s / (window[1] - window[0])
     clock.note(report, THREADS, window)
 
 
@@ -203,22 +204,36 @@ def _model_alone(
     for _ in range(WARM_SHARDS):
         annotated = annotate(kept[0])
     shards = [DecodedShard.from_table(table) for table in kept]
-    ways: dict[str, Callable[[int], object]] = {
-        MODEL: lambda turn: annotate.predictor.predict(shards[turn].pixels),
-        ANNOTATE: lambda turn: annotate(kept[turn]),
+    ways: dict[str, Callable[[int], Callable[[], object]]] = {
+        MODEL: lambda turn: annotate.predictor.start(shards[turn].pixels),
+        ANNOTATE: lambda turn: annotate.begin(kept[turn]),
     }
-    for way, call in ways.items():
+    for way, begin in ways.items():
         _say(way)
-        frames, started = 0, time.time()
-        for turn in itertools.cycle(range(len(kept))):
-            call(turn)
-            frames += len(shards[turn].pixels)
-            if time.time() - started >= ALONE_S:
-                break
+        started, turns = time.time(), itertools.cycle(range(len(kept)))
+        done = ended(_for_a_while(turns), begin)
+        frames = sum(len(shards[turn].pixels) for turn, _ in done)
         window = started, time.time()
         report.keep(way, frames / (window[1] - window[0]))
         clock.note(report, way, window)
     return annotated
+
+
+def _for_a_while(items: Iterable[A]) -> Iterator[A]:
+    until = time.time() + ALONE_S
+    return itertools.takewhile(lambda _: time.time() < until, items)
+
+
+def ended(items: Iterable[A], begin: Callable[[A], Callable[[], B]]) -> Iterator[tuple[A, B]]:
+    """Begin each item before the one before it is ended; give items and what they end with."""
+    begun: deque[tuple[A, Callable[[], B]]] = deque()
+    for item in items:
+        begun.append((item, begin(item)))
+        if len(begun) == AT_A_TIME:
+            first, end = begun.popleft()
+            yield first, end()
+    for item, end in begun:
+        yield item, end()
 
 
 def _publish_alone(
@@ -238,8 +253,7 @@ def _rate_alone(threads: Threads, call: Callable[[A], int], items: Iterable[A], 
     """Frames a second of a stage that gives its number of frames, with all threads at work."""
     _say(way)
     until = time.time() + ALONE_S
-    in_time = itertools.takewhile(lambda _: time.time() < until, items)
-    done = sorted(threads.run(call, in_time))
+    done = sorted(threads.run(call, _for_a_while(items)))
     # At the end threads run out of work, one by one.
     whole = [item for item in done if item[0] <= until]
     return rate_after(whole if len(whole) > threads.count else done, threads.count)
@@ -251,29 +265,27 @@ def _num_frames(decoded: pa.Table) -> int:
 
 def pipelined(
     decoders: Threads, publishers: Threads, annotate: AnnotateShard, tables: Sequence[pa.Table]
-) -> tuple[list[Commit], list[Span]]:
-    """Decode, annotate and publish shards at the same time, the model in this thread.
+) -> list[tuple[float, ShardReceipt]]:
+    """Decode, annotate and publish shards at the same time, beginning them in this thread.
 
     Returns:
-        The commits in order of time, and when the model's stage was at work.
+        When each shard was committed, in order of time.
     """
-    spans: list[Span] = []
 
-    def timed(table: pa.Table) -> pa.Table:
-        started = time.time()
-        made = annotate(table)
-        spans.append((started, time.time()))
-        return made
+    def end(begun: Callable[[], pa.Table]) -> pa.Table:
+        return begun()
 
-    decoded = decoders.run(DecodeShard(annotate.context), tables)
-    annotated = (timed(table) for _, table in decoded)
-    published = publishers.run(PublishShard(annotate.context), annotated)
-    commits = [
-        (when, receipt.num_rows)
-        for when, receipts in published
-        for receipt in ShardReceipt.all_from_table(receipts)
-    ]
-    return sorted(commits), spans
+    with Threads(1) as ender:
+        decoded = decoders.run(DecodeShard(annotate.context), tables)
+        begun = (annotate.begin(table) for _, table in decoded)
+        annotated = (table for _, table in ender.run(end, begun))
+        published = publishers.run(PublishShard(annotate.context), annotated)
+        commits = [
+            (when, receipt)
+            for when, receipts in published
+            for receipt in ShardReceipt.all_from_table(receipts)
+        ]
+    return sorted(commits, key=lambda commit: commit[0])
 
 
 def _whole_job(folder: Path, report: Report, clock: GpuClock, settings: Sequence[str]) -> None:
@@ -289,12 +301,6 @@ def _whole_job(folder: Path, report: Report, clock: GpuClock, settings: Sequence
     clock.note(report, JOB, (run.commits[WARM_SHARDS - 1][0], run.commits[-1][0]))
     report.first_commit_s = run.commits[0][0] - run.started
     report.limit = next(line for line in run.said.splitlines() if line.startswith("Busy: "))
-
-
-def _share(spans: Iterable[Span], window: Span) -> float:
-    """How much of a window the spans cover."""
-    covered = sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in spans)
-    return covered / (window[1] - window[0])
 
 
 def _say(message: str) -> None:

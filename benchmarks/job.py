@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -279,7 +280,11 @@ def _job(archive: str, output: str, graph: str, given: argparse.Namespace) -> tu
 
 
 def run_job(archive: str, output: str, settings: Sequence[str]) -> JobRun:
-    """Run `segformer3d run` to its end, each setting written as for its `--set`."""
+    """Run `segformer3d run` to its end, each setting written as for its `--set`.
+
+    From now on SIGTERM ends this process by an exception, which takes the job along.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive, "--output", output]
     command += [word for setting in settings for word in ("--set", setting)]
     started = time.time()

@@ -3,15 +3,17 @@
 A decoding child's parent outlives it and makes each death an object of the job, beside which it
 finds those that happened under earlier parents. The process that holds the model has nobody.
 
-It notes on its machine's own disk what it is about to do, under a lock that ends with it.
-Whoever starts there next finds notes without a lock: their writers died at what these say. Each
-such death becomes an object of the job, ``attempts/shard-.../...``. A machine or a driver that goes
-as a whole takes its notes along, or leaves them under another lease, and accuses nobody.
+It notes on its machine's own disk which shards it is about to do, a file for each that is under
+way, under locks that end with it. Whoever starts there next finds notes without a lock: their
+writers died at what these say. Each such death becomes an object of the job,
+``attempts/shard-.../...``. A machine or a driver that goes as a whole takes its notes along, or
+leaves them under another lease, and accuses nobody.
 
-A shard with a death is done frame by frame from then on, each frame noted before. A frame at which
-two more processes die is quarantined: three attempts. So is a shard at which three died between its
-frames, or twenty frames were guilty. Deaths in the shard as a whole accuse no frame, however many:
-drivers side by side each have one of their own before they hear of each other's.
+A shard with a death is done frame by frame from then on, each frame noted before, and with no other
+shard under way, which could be what kills the process. A frame at which two more processes die is
+quarantined: three attempts. So is a shard at which three died between its frames, or twenty frames
+were guilty. Deaths in the shard as a whole accuse no frame, however many: shards under way
+together, or drivers side by side, have one each.
 """
 
 import fcntl
@@ -29,6 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Condition
 
 import numpy as np
 
@@ -44,6 +47,9 @@ MAX_DEATHS_AT_FRAMES = 40
 
 _KIND: ErrorKind = "crash"
 _NOTE_BYTES = 64
+_AT_REST = b" " * _NOTE_BYTES
+# So long other shards may take to end. Who takes longer has lost the thread that would end it.
+_ALONE_S = 60.0
 # How long a look at the deaths of others is trusted; one's own are known from the start.
 _TRUSTED_S = 5.0
 # So old are notes of other drivers that are swept up: nobody comes back for them.
@@ -77,35 +83,59 @@ class Deaths:
 
 
 class Journal:
-    """One process's note of what it is doing.
+    """One process's notes of what it is doing; any of its threads may write.
 
     Args:
         store: The job's store.
         generation: The generation that is being made.
         lease: The driver's lease.
+        at_a_time: Shards that will be under way at a time.
 
     Raises:
         StorageError: If the deaths of earlier processes cannot be noted or listed.
     """
 
-    def __init__(self, store: Store, generation: Generation, lease: int) -> None:
+    def __init__(
+        self, store: Store, generation: Generation, lease: int, *, at_a_time: int = 1
+    ) -> None:
         self._store, self._generation = store, generation
         job = hashlib.sha256(f"{store.url} {generation.number}".encode()).hexdigest()[:20]
         folder = private_folder()
         self._report(job, lease)
         self._deaths = self._list()
         self._listed_s = time.monotonic()
-        self._file = _locked_file(folder / f"{job}-{lease}-{uuid.uuid4().hex}")
-        self.rest()
+        # All at the start: they keep their places on a disk that fills up.
+        self._free = [
+            _locked_file(folder / f"{job}-{lease}-{uuid.uuid4().hex}") for _ in range(at_a_time)
+        ]
+        self._taken: dict[int, int] = {}
+        self._changed = Condition()
 
     def note(self, shard_id: int, place: DeathPlace = "shard") -> None:
-        """Say what comes next: a shard as a whole, or something of one whose frames go alone."""
-        data = json.dumps([shard_id, place]).encode()
-        os.pwrite(self._file, data.ljust(_NOTE_BYTES), 0)
+        """Say what comes next: a shard as a whole, or something of one whose frames go alone.
 
-    def rest(self) -> None:
-        """Say that nothing is being done; the file keeps its place on a disk that fills up."""
-        os.pwrite(self._file, b" " * _NOTE_BYTES, 0)
+        Waits while as many shards are under way as there may be.
+        """
+        data = json.dumps([shard_id, place]).encode()
+        with self._changed:
+            if shard_id not in self._taken:
+                self._changed.wait_for(lambda: self._free)
+                self._taken[shard_id] = self._free.pop()
+            os.pwrite(self._taken[shard_id], data.ljust(_NOTE_BYTES), 0)
+
+    def rest(self, shard_id: int) -> None:
+        """Say that nothing is being done of a shard any more."""
+        with self._changed:
+            file = self._taken.pop(shard_id, None)
+            if file is not None:
+                os.pwrite(file, _AT_REST, 0)
+                self._free.append(file)
+                self._changed.notify_all()
+
+    def wait_until_alone(self) -> None:
+        """Wait for the shards that other threads have under way, but not for ever."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken, _ALONE_S)
 
     def deaths(self, shard_id: int) -> Deaths:
         """Every death at a shard, whoever died.
@@ -234,6 +264,7 @@ def _locked_file(path: Path) -> int:
     hidden = path.with_name(f".{path.name}")
     file = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(file, fcntl.LOCK_EX)
+    os.pwrite(file, _AT_REST, 0)
     hidden.rename(path)
     return file
 

@@ -9,8 +9,9 @@ processes, and Ray has a third of the tasks to manage.
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -278,36 +279,61 @@ class _AnnotateActor(AnnotateShard):
 
     SHARDS_AT_A_TIME = 1
 
-    def __init__(self, context: StageContext, weights: WeightsFile) -> None:
-        data = read_pinned(context.store(), weights.key, weights.sha256)
-        super().__init__(context, data, Journal(context.store(), context.layout, context.lease))
+    def __init__(self, context: StageContext, weights: WeightsFile, at_a_time: int = 1) -> None:
+        store = context.store()
+        data = read_pinned(store, weights.key, weights.sha256)
+        journal = Journal(store, context.layout, context.lease, at_a_time=at_a_time)
+        super().__init__(context, data, journal)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        try:
-            return super().__call__(table)
-        except Exception as error:
-            if is_device_lost(error):
-                # Ray puts another process in its place, and the shard is tried again there.
-                sys.stderr.write(f"the device is lost: {error}\n")
-                os._exit(_EXIT_DEVICE_LOST)
-            raise
+    def begin(self, table: pa.Table) -> Callable[[], pa.Table]:
+        with _ending_with_the_device():
+            end = super().begin(table)
+
+        def end_or_exit() -> pa.Table:
+            with _ending_with_the_device():
+                return end()
+
+        return end_or_exit
+
+
+@contextmanager
+def _ending_with_the_device() -> Iterator[None]:
+    """End this process with its device.
+
+    Ray puts another one in its place, and what was under way is tried again there.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_device_lost(error):
+            sys.stderr.write(f"the device is lost: {error}\n")
+            os._exit(_EXIT_DEVICE_LOST)
+        raise
 
 
 class _ThreadedActor:
-    """``_AnnotateActor`` with a thread for the model: Ray fetches and stores shards meanwhile."""
+    """``_AnnotateActor`` with a thread for the model: Ray fetches and stores shards meanwhile.
 
-    SHARDS_AT_A_TIME = 2
+    A GPU has the next shard's frames before it is done with the last ones.
+    """
 
-    def __init__(self, context: StageContext, weights: WeightsFile) -> None:
+    # One that ends, one in the model, and one that waits for it.
+    SHARDS_AT_A_TIME = 3
+
+    def __init__(
+        self, context: StageContext, weights: WeightsFile, at_a_time: int = SHARDS_AT_A_TIME
+    ) -> None:
         # The model keeps to one thread: how many more torch starts is each thread's own setting,
-        # and what kills this process is then what the journal says is in the model.
+        # and shards begin one after the other.
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._annotate = self._model.submit(_AnnotateActor, context, weights).result()
+        started = self._model.submit(_AnnotateActor, context, weights, at_a_time)
+        self._annotate = started.result()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         # Looks at storage now and then, which the model need not wait for.
         is_draining(self._annotate.context)
-        return self._model.submit(self._annotate, table).result()
+        end = self._model.submit(self._annotate.begin, table).result()
+        return end()
 
 
 class _WholeActor:
@@ -317,7 +343,7 @@ class _WholeActor:
 
     def __init__(self, context: StageContext, weights: WeightsFile) -> None:
         self._decode, self._publish = DecodeShard(context), PublishShard(context)
-        self._annotate = _ThreadedActor(context, weights)
+        self._annotate = _ThreadedActor(context, weights, self.SHARDS_AT_A_TIME)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self._publish(self._annotate(self._decode(table)))

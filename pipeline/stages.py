@@ -6,9 +6,11 @@ somebody else has committed meanwhile, or that a draining job leaves for later.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
@@ -35,6 +37,10 @@ from pipeline.storage import StorageOptions, Store, open_store
 
 if TYPE_CHECKING:
     from segformer3d.predictor import Predictions
+
+    _Wait = Callable[[], Predictions | None]
+
+_Made = TypeVar("_Made")
 
 # How long a stage trusts its last look at the cancel marker.
 _DRAIN_CHECK_S = 1.0
@@ -138,23 +144,29 @@ class AnnotateShard:
         from segformer3d.weights import model_from_bytes
 
         self.context, self.journal = context, journal
-        # What to note of the shard in the model where no frame of it is to blame.
-        self._at_no_frame: DeathPlace = "shard"
         model, info = model_from_bytes(weights)
         self.config, self.codec = info.config, info.depth_codec
         self.predictor: Predictor = Predictor(
             model, info, micro_batch=context.micro_batch, threads=context.threads
         )
+        self._clock = _ModelClock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """A ``DecodedShard`` row to an ``AnnotatedShard`` row."""
+        return self.begin(table)()
+
+    def begin(self, table: pa.Table) -> Callable[[], pa.Table]:
+        """Begin what a call does, and return while a GPU is still at work: the next may begin.
+
+        Only one thread may begin shards. What is returned ends this one, in any thread, and has to
+        be called once.
+
+        Raises:
+            torch.AcceleratorError: As of ``annotate``.
+        """
         if table.num_rows == 0 or is_draining(self.context):
-            return _nothing("class_ids", "depth")
-        annotated = self.annotate(DecodedShard.from_table(table))
-        self._note(annotated.shard_id, self._at_no_frame)
-        made = annotated.to_table()
-        self._rest()
-        return made
+            return lambda: _nothing("class_ids", "depth")
+        return self._begin(DecodedShard.from_table(table), AnnotatedShard.to_table)
 
     def annotate(self, shard: DecodedShard) -> AnnotatedShard:
         """Run the model over a shard's good frames.
@@ -167,35 +179,70 @@ class AnnotateShard:
             torch.AcceleratorError: If the device is lost to this process, which has to end then:
                 what was noted stays, so the shard counts as having killed it.
         """
+        return self._begin(shard, lambda annotated: annotated)()
+
+    def _begin(
+        self, shard: DecodedShard, make: Callable[[AnnotatedShard], _Made]
+    ) -> Callable[[], _Made]:
+        """Begin a shard, and return what ends it and makes something of the result."""
         deaths = self.journal.deaths(shard.shard_id) if self.journal else Deaths()
-        self._at_no_frame = "between" if deaths else "shard"
-        shard = spare(shard, deaths)
-        self._note(shard.shard_id, self._at_no_frame)
+        if not deaths:
+            return self._begun(shard, "shard", make)
+        if self.journal is not None:
+            # What kills this process now must be this shard's.
+            self.journal.wait_until_alone()
+        made = self._begun(spare(shard, deaths), "between", make)()
+        return lambda: made
+
+    def _begun(
+        self, shard: DecodedShard, place: DeathPlace, make: Callable[[AnnotatedShard], _Made]
+    ) -> Callable[[], _Made]:
+        """Frames go one by one if what is noted of the shard is ``between``."""
+        with self._resting_after_errors(shard.shard_id):
+            self._note(shard.shard_id, place)
+            begun_s = time.perf_counter()
+            waits = list(self._started(shard, one_by_one=place == "between"))
+            self._note(shard.shard_id, place)
+
+        def end() -> _Made:
+            with self._resting_after_errors(shard.shard_id):
+                said = [(rows, wait()) for rows, wait in waits]
+                made = make(self._annotated(shard, said, self._clock.seconds_since(begun_s)))
+            self._rest(shard.shard_id)
+            return made
+
+        return end
+
+    @contextmanager
+    def _resting_after_errors(self, shard_id: int) -> Iterator[None]:
+        """An error ends the shard, but for one that ends this process."""
         try:
-            annotated = self._annotated(shard, one_by_one=bool(deaths))
+            yield
         except Exception as error:
             if not is_device_lost(error):
-                self._rest()
+                self._rest(shard_id)
             raise
-        self._rest()
-        return annotated
 
     def _note(self, shard_id: int, place: DeathPlace) -> None:
         if self.journal is not None:
             self.journal.note(shard_id, place)
 
-    def _rest(self) -> None:
+    def _rest(self, shard_id: int) -> None:
         if self.journal is not None:
-            self.journal.rest()
+            self.journal.rest(shard_id)
 
-    def _annotated(self, shard: DecodedShard, *, one_by_one: bool) -> AnnotatedShard:
-        started = time.perf_counter()
+    def _annotated(
+        self,
+        shard: DecodedShard,
+        predictions: Sequence[tuple[range, "Predictions | None"]],
+        annotate_s: float,
+    ) -> AnnotatedShard:
         frames = list(shard.frames)
-        good = [index for index, frame in enumerate(frames) if frame.error_kind is None]
+        good = _good(frames)
         class_ids: list[UInt8Array] = []
         depth: list[UInt16Array] = []
         certainty: list[Certainty] = []
-        for rows, said in self._predictions(shard, good, one_by_one=one_by_one):
+        for rows, said in predictions:
             for place, row in enumerate(rows):
                 if said is None or not said.finite[place]:
                     kind, message = _NO_MEMORY if said is None else _NON_FINITE
@@ -214,16 +261,15 @@ class AnnotateShard:
             certainty=tuple(certainty),
             depth_codec=self.codec.to_dict() if self.codec is not None else None,
             decode_s=shard.decode_s,
-            annotate_s=time.perf_counter() - started,
+            annotate_s=annotate_s,
         )
 
-    def _predictions(
-        self, shard: DecodedShard, good: Sequence[int], *, one_by_one: bool
-    ) -> Iterator[tuple[range, "Predictions | None"]]:
-        """Runs of rows that share an output size, with what the model says of them, in order.
+    def _started(self, shard: DecodedShard, *, one_by_one: bool) -> Iterator[tuple[range, "_Wait"]]:
+        """Runs of rows that share an output size, with what waits for their predictions, in order.
 
-        ``good`` are their places in the shard; frames that go one by one are noted before.
+        Frames that go one by one are noted before.
         """
+        good = _good(shard.frames)
         sizes = [self._class_ids_size(shard.frames[place]) for place in good]
         start = 0
         while start < len(good):
@@ -233,31 +279,56 @@ class AnnotateShard:
             else:
                 while stop < len(good) and sizes[stop] == sizes[start]:
                     stop += 1
-            yield from self._predicted(shard.pixels, range(start, stop), sizes[start])
+            for rows, wait in self._rows_started(shard.pixels, range(start, stop), sizes[start]):
+                yield rows, _done(wait()) if one_by_one else wait
             start = stop
-        self._note(shard.shard_id, self._at_no_frame)
 
-    def _predicted(
+    def _rows_started(
         self, pixels: UInt8Array, rows: range, size: tuple[int, int] | None
-    ) -> Iterator[tuple[range, "Predictions | None"]]:
-        """What the model says of rows; None for one that does not fit into memory even alone."""
+    ) -> Iterator[tuple[range, "_Wait"]]:
+        """As above; None is predicted of a row that does not fit into memory even alone."""
         from torch import OutOfMemoryError
 
         try:
-            said = self.predictor.predict(pixels[rows.start : rows.stop], class_ids_size=size)
+            wait = self.predictor.start(pixels[rows.start : rows.stop], class_ids_size=size)
         except (OutOfMemoryError, MemoryError):
             if len(rows) == 1:
-                yield rows, None
+                yield rows, _done(None)
                 return
             for row in rows:
-                yield from self._predicted(pixels, range(row, row + 1), size)
+                yield from self._rows_started(pixels, range(row, row + 1), size)
             return
-        yield rows, said
+        yield rows, wait
 
     def _class_ids_size(self, frame: FrameRecord) -> tuple[int, int] | None:
         if not self.context.class_ids_at_asset_size:
             return None
         return frame.height, frame.width
+
+
+class _ModelClock:
+    """Shares the model's time out among shards that overlap in it, so that it adds up."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._until_s = float("-inf")
+
+    def seconds_since(self, begun_s: float) -> float:
+        """The model's seconds from when a shard began, or the one before it ended, to now."""
+        with self._lock:
+            now_s = time.perf_counter()
+            seconds = now_s - max(begun_s, self._until_s)
+            self._until_s = now_s
+        return seconds
+
+
+def _done(said: "Predictions | None") -> "_Wait":
+    return lambda: said
+
+
+def _good(frames: Sequence[FrameRecord]) -> list[int]:
+    """Places of the frames that pixels are there of."""
+    return [place for place, frame in enumerate(frames) if frame.error_kind is None]
 
 
 def is_device_lost(error: BaseException) -> bool:

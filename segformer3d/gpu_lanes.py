@@ -2,7 +2,8 @@
 
 A lane is a stream with a graph and pinned memory for its frames; what comes back is copied to where
 the caller finds it. While one lane computes, the other copies, and the host, which only waits for
-room for the next frames, is ahead of both.
+room for the next frames, is ahead of both: so far that the frames of the next call can set out
+before those of the last one are through.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,7 +39,7 @@ CALLS_TO_REPLACE = 16  # nor does it where shapes that come in turns throw each 
 class Lanes:
     """Annotates frames by graphs that it records as shapes come back.
 
-    Not for several threads at once.
+    Not for several threads at once; but any thread may wait for what was started.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,6 +47,7 @@ class Lanes:
         self._device = device
         self._lanes: OrderedDict[Key, list[_Lane]] = OrderedDict()
         self._calls: Counter[Key] = Counter()
+        self._started = 0
         self._may_record = True
 
     def clear(self) -> bool:
@@ -60,44 +62,54 @@ class Lanes:
             torch.cuda.empty_cache()
         return held
 
-    def run(
+    def start(
         self, annotate: Annotate, frames: Frames, width: int, size: tuple[int, int]
-    ) -> Iterator[Said]:
-        """Annotate frames, so many at a time as a lane is wide; recorded, all in one go.
+    ) -> Callable[[], Said] | None:
+        """Set out with frames, so many at a time as a lane is wide, if there are graphs for them.
 
         What is given may lie in pinned memory, which goes back to torch when nobody holds it.
 
         Args:
             annotate: Pixels, uint8 (B, H, W, 3) on the device, and the class ids' size, to what
                 is wanted of them, B first; must not wait for the device. The same in every call.
-            frames: uint8 (N, H, W, 3).
+            frames: uint8 (N, H, W, 3); copied before this returns.
             width: Frames at a time.
             size: Height and width of the class ids.
 
-        Raises:
-            torch.OutOfMemoryError: That many frames do not fit into memory.
+        Returns:
+            What waits for the results, and gives them; None if these frames had better do without.
         """
-        chunks = [frames[start : start + width] for start in range(0, len(frames), width)]
         # Less than half a lane's width is faster alone.
-        key = width, frames.shape[1:], size
-        lanes = self._lanes_for(annotate, key) if 2 * len(frames) >= width else ()
+        if not len(frames) or 2 * len(frames) < width:
+            return None
+        lanes = self._lanes_for(annotate, (width, frames.shape[1:], size))
         if not lanes:
-            for chunk in chunks:
-                yield self._run_without(annotate, chunk, size)
-            return
+            return None
         results = [
             None if out is None else _results((len(frames), *out.shape[1:]), out.dtype)
             for out in lanes[0].outs
         ]
-        for turn, chunk in enumerate(chunks):
-            own = slice(turn * width, turn * width + len(chunk))
+        for start in range(0, len(frames), width):
+            own = slice(start, min(start + width, len(frames)))
             parts = [None if result is None else result[own] for result in results]
-            lanes[turn % LANES].start(chunk, parts)
-        for lane in lanes:
-            lane.wait()
-        yield [None if result is None else result.numpy() for result in results]
+            # In turns from one call to the next, too.
+            lanes[self._started % LANES].start(frames[own], parts)
+            self._started += 1
+        ends = [lane.end() for lane in lanes]
 
-    def _run_without(self, annotate: Annotate, frames: Frames, size: tuple[int, int]) -> Said:
+        def wait() -> Said:
+            for end in ends:
+                end()
+            return [None if result is None else result.numpy() for result in results]
+
+        return wait
+
+    def run_without(self, annotate: Annotate, frames: Frames, size: tuple[int, int]) -> Said:
+        """Annotate frames as they are, without a graph.
+
+        Raises:
+            torch.OutOfMemoryError: They do not fit into memory.
+        """
         outs = annotate(upload(frames, self._device), size)
         return [None if out is None else out.cpu().numpy() for out in outs]
 
@@ -113,11 +125,17 @@ class Lanes:
         ):
             return ()
         if is_full:
-            self._calls[self._lanes.popitem(last=False)[0]] = 0
+            self._drop(1)
         lanes = self._record(annotate, key)
         if lanes:
             self._lanes[key] = lanes
         return lanes
+
+    def _drop(self, count: int) -> None:
+        """Let the graphs go that were used longest ago, once nothing that they do is under way."""
+        torch.cuda.synchronize(self._device)
+        for _ in range(count):
+            self._calls[self._lanes.popitem(last=False)[0]] = 0
 
     def _record(self, annotate: Annotate, key: Key) -> list[_Lane]:
         from triton.errors import TritonError
@@ -132,7 +150,7 @@ class Lanes:
                 ]
         except torch.OutOfMemoryError:
             # Those of other shapes hold memory; the next call may try again.
-            self._lanes.clear()
+            self._drop(len(self._lanes))
             return []
         except (RuntimeError, TritonError) as error:
             # Raises if the device is lost; if it is not, the same goes without a recording.
@@ -207,7 +225,7 @@ class _Lane:
     def start(self, frames: Frames, results: Sequence[Tensor | None]) -> None:
         """Set out with as many frames as the lane is wide, or fewer: the rest stays as it is.
 
-        Waits for room only, where `results` are pinned; they are written before `wait` returns.
+        Waits for room only, where `results` are pinned.
         """
         self._has_room.synchronize()
         # Of several threads, unlike NumPy's.
@@ -220,6 +238,10 @@ class _Lane:
                 if result is not None and out is not None:
                     result.copy_(out[: len(frames)], non_blocking=True)
 
-    def wait(self) -> None:
-        """Wait for all that was started."""
-        self._stream.synchronize()
+    def end(self) -> Callable[[], None]:
+        """What waits, in any thread, for all that was started until now: results are written."""
+        # Threads that wait in turns would each keep a core busy.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        wait: Callable[[], None] = event.synchronize
+        return wait

@@ -140,8 +140,40 @@ class Predictor:
             ValueError: The frames have another type or shape.
             torch.OutOfMemoryError: Not even one frame fits into memory.
         """
+        return self.start(frames, class_ids_size=class_ids_size)()
+
+    def start(
+        self, frames: NDArray[np.uint8], *, class_ids_size: tuple[int, int] | None = None
+    ) -> Callable[[], Predictions]:
+        """Begin to annotate frames, as `predict` does; a GPU is still at work when this returns.
+
+        So the next frames can be there before the last ones are done. On a CPU, and while nothing
+        is recorded for frames of this shape, all is done at once.
+
+        Args:
+            frames: As of `predict`; not needed any more when this returns.
+            class_ids_size: As of `predict`.
+
+        Returns:
+            What waits for the predictions and gives them, in whatever thread; it raises
+            torch.AcceleratorError if the device is lost.
+
+        Raises:
+            ValueError: As of `predict`.
+            torch.OutOfMemoryError: As of `predict`.
+        """
         _check(frames)
         size = class_ids_size or (frames.shape[1], frames.shape[2])
+        if self._lanes is not None and not self._network.is_watched():
+            # Triton launches on the current device, wherever its tensors are.
+            with torch.cuda.device(self.device):
+                wait = self._lanes.start(self._annotate_on_gpu, frames, self.micro_batch, size)
+            if wait is not None:
+                return lambda: _predictions(wait())
+        predictions = self._predict_at_once(frames, size)
+        return lambda: predictions
+
+    def _predict_at_once(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
         in_threads = self._num_threads > 1 and self.micro_batch == 1 and len(frames) > 1
         if in_threads and not self._network.is_watched():
             return self._predict_in_threads(frames, size)
@@ -198,14 +230,13 @@ class Predictor:
     def _predict_micro_batches(
         self, frames: NDArray[np.uint8], size: tuple[int, int]
     ) -> Iterator[Predictions]:
-        if self._lanes is not None and not self._network.is_watched():
-            # Triton launches on the current device, wherever its tensors are.
-            with torch.cuda.device(self.device):
-                lanes = self._lanes.run(self._annotate_on_gpu, frames, self.micro_batch, size)
-                yield from map(_predictions, lanes)
-            return
         for start in range(0, len(frames), self.micro_batch):
-            yield self._predict(frames[start : start + self.micro_batch], size)
+            chunk = frames[start : start + self.micro_batch]
+            if self._lanes is None or self._network.is_watched():
+                yield self._predict(chunk, size)
+                continue
+            with torch.cuda.device(self.device):
+                yield _predictions(self._lanes.run_without(self._annotate_on_gpu, chunk, size))
 
     @torch.inference_mode()
     def _predict(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:

@@ -229,7 +229,7 @@ def _trouble() -> Iterator[None]:
             lost = Journal(*place)
             lost.note(0)
             # With the process goes the lock, and Ray starts another one.
-            os.close(lost._file)
+            os.close(lost._taken[0])
             Journal(*place)
 
         def __call__(self, table: pa.Table) -> pa.Table:

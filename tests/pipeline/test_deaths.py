@@ -3,6 +3,8 @@
 import os
 import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +45,12 @@ def in_a_process(task):
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def let_go(journal):
+    """Give its locks up, as its process's death would."""
+    for file in [*journal._free, *journal._taken.values()]:
+        os.close(file)
 
 
 def die_at(store, lease, shard_id, place="shard"):
@@ -98,7 +106,7 @@ def test_who_lives_or_was_at_rest_accuses_nobody(store, tmp_path):
     def task():
         journal = Journal(store, LAYOUT, 1)
         journal.note(6)
-        journal.rest()
+        journal.rest(6)
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_a_process(task) == -signal.SIGKILL
@@ -207,22 +215,22 @@ def test_a_shard_of_nothing_but_deadly_frames_is_given_up():
 FATAL = 255
 
 
-def stage(store, lease=1):
+def stage(store, lease=1, at_a_time=1):
     """The real stage with the real journal; some frames are the death of its process."""
     context = stage_context(store, lease)
-    journal = Journal(store, LAYOUT, lease)
+    journal = Journal(store, LAYOUT, lease, at_a_time=at_a_time)
     return AnnotateShard(context, untrained_weights(TINY), journal)
 
 
 def deadly(made):
-    predict = made.predictor.predict
+    start = made.predictor.start
 
-    def die_or_predict(frames, **options):
+    def die_or_start(frames, **options):
         if (frames[:, 0, 0, 0] == FATAL).any():
             os.kill(os.getpid(), signal.SIGKILL)
-        return predict(frames, **options)
+        return start(frames, **options)
 
-    made.predictor.predict = die_or_predict
+    made.predictor.start = die_or_start
     return made
 
 
@@ -258,12 +266,55 @@ def test_three_attempts_and_the_frame_alone_is_quarantined(store, values):
     print(f"PROOF guilty frame: {len(fatal)} of {len(values)}, deaths {1 + 2 * len(fatal)}")
 
 
+def tables_of(*shard_ids):
+    return [replace(grey_shard([1, 2]), shard_id=number).to_table() for number in shard_ids]
+
+
+def test_each_shard_under_way_is_noted_until_it_ends(store):
+    def task():
+        made = stage(store, at_a_time=3)
+        ends = [made.begin(table) for table in tables_of(1, 2, 3)]
+        ends[1]()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_process(task) == -signal.SIGKILL
+    journal = Journal(store, LAYOUT, 1)
+    found = [journal.deaths(number).in_whole for number in (1, 2, 3)]
+    assert found == [1, 0, 1]
+
+
+def test_a_deadly_shard_begins_when_no_other_is_under_way(store):
+    die_at(store, 1, 2)
+    made = stage(store, at_a_time=2)
+    other, deadly_one = tables_of(1, 2)
+    end = made.begin(other)
+    with ThreadPoolExecutor(1) as threads:
+        begun = threads.submit(made.begin, deadly_one)
+        with pytest.raises(TimeoutError):
+            begun.result(0.3)
+        end()
+        annotated = AnnotatedShard.from_table(begun.result()())
+    assert [frame.error_kind for frame in annotated.frames] == [None, None]
+
+
+def test_no_more_shards_are_begun_than_may_be_under_way(store):
+    made = stage(store)
+    first, second = tables_of(1, 2)
+    end = made.begin(first)
+    with ThreadPoolExecutor(1) as threads:
+        begun = threads.submit(made.begin, second)
+        with pytest.raises(TimeoutError):
+            begun.result(0.3)
+        end()
+        assert AnnotatedShard.from_table(begun.result()()).shard_id == 2
+
+
 def test_an_ordinary_exception_is_no_death(store):
     made = stage(store)
-    made.predictor.predict = None
+    made.predictor.start = None
     with pytest.raises(TypeError):
         made.annotate(grey_shard([1]))
-    os.close(made.journal._file)
+    let_go(made.journal)
     assert not Journal(store, LAYOUT, 1).deaths(7)
 
 
@@ -275,10 +326,10 @@ def test_a_lost_device_is_one(store):
     def lose(*_, **__):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    made.predictor.predict = lose
+    made.predictor.start = lose
     with pytest.raises(torch.AcceleratorError):
         made.annotate(grey_shard([1]))
-    os.close(made.journal._file)
+    let_go(made.journal)
     assert Journal(store, LAYOUT, 1).deaths(7) == Deaths(in_whole=1)
 
 

@@ -86,12 +86,16 @@ class LaneOnCpu:
     def start(self, frames, results):
         self.started.append((torch.from_numpy(frames.copy()), results))
 
-    def wait(self):
-        for pixels, results in self.started:
-            for result, out in zip(results, self.annotate(pixels), strict=True):
-                if out is not None:
-                    result.copy_(out)
-        self.started.clear()
+    def end(self):
+        started, self.started = self.started, []
+
+        def wait():
+            for pixels, results in started:
+                for result, out in zip(results, self.annotate(pixels), strict=True):
+                    if out is not None:
+                        result.copy_(out)
+
+        return wait
 
 
 @pytest.fixture
@@ -116,7 +120,13 @@ def frames_of(count, side=32):
 
 
 def run(lanes, frames, width=4):
-    parts = list(lanes.run(annotate, frames, width, (32, 32)))
+    wait = lanes.start(annotate, frames, width, (32, 32))
+    chunks = [frames[start : start + width] for start in range(0, len(frames), width)]
+    parts = (
+        [lanes.run_without(annotate, chunk, (32, 32)) for chunk in chunks]
+        if wait is None
+        else [wait()]
+    )
     assert all(part[1] is None for part in parts)
     np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), frames)
     return [len(part[0]) for part in parts]
@@ -128,6 +138,25 @@ def test_lanes_keep_frames_in_order(lanes):
     for count in (11, 30, 4, 2, 1):
         assert run(lanes, frames_of(count)) == [count]
     assert LaneOnCpu.made == [(4, 32, 32, 3)] * 2
+
+
+def test_the_next_call_sets_out_before_the_last_one_is_waited_for(lanes):
+    run(lanes, frames_of(8))
+    all_frames = [frames_of(count) for count in (4, 9, 5, 12)]
+    waits = [lanes.start(annotate, frames, 4, (32, 32)) for frames in all_frames]
+    for frames, wait in reversed(list(zip(all_frames, waits, strict=True))):
+        np.testing.assert_array_equal(wait()[0], frames)
+
+
+def test_calls_take_the_lanes_in_turns(lanes, monkeypatch):
+    run(lanes, frames_of(4))
+    run(lanes, frames_of(4))
+    turns = []
+    for lane in (both := next(iter(lanes._lanes.values()))):
+        monkeypatch.setattr(lane, "start", lambda *_, lane=lane: turns.append(both.index(lane)))
+    for _ in range(4):
+        lanes.start(annotate, frames_of(4), 4, (32, 32))
+    assert turns in ([0, 1, 0, 1], [1, 0, 1, 0])
 
 
 def test_the_first_of_a_shape_is_not_recorded(lanes):
@@ -196,17 +225,20 @@ class FullOfGraphs:
     """Lanes whose graphs leave no room, until they are cleared; a stand-in for a full GPU."""
 
     def __init__(self):
-        self.is_full, self.widths = True, []
+        self.is_full, self.counts = True, []
 
     def clear(self):
         was_full, self.is_full = self.is_full, False
         return was_full
 
-    def run(self, annotate, frames, width, size):
-        self.widths.append(width)
+    def start(self, annotate, frames, width, size):
+        return None
+
+    def run_without(self, annotate, frames, size):
+        self.counts.append(len(frames))
         if self.is_full:
             raise torch.OutOfMemoryError("injected")
-        yield from ([np.zeros((len(frames), 1)), None, None, None, np.ones(len(frames), bool)],)
+        return [np.zeros((len(frames), 1)), None, None, None, np.ones(len(frames), bool)]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -215,8 +247,9 @@ def test_graphs_give_way_before_frames_do(monkeypatch, micro_batch):
     info = WeightsInfo(config=CONFIG, depth_codec=METRIC_DEPTH, training_data="tests")
     predictor = Predictor(varied_model(), info, micro_batch=micro_batch)
     predictor._lanes = FullOfGraphs()
-    assert len(predictor.predict(frames_of(1)).finite) == 1
-    assert predictor._lanes.widths == [micro_batch] * 2
+    assert len(predictor.predict(frames_of(5)).finite) == 5
+    assert predictor._lanes.counts[:2] == [micro_batch] * 2
+    assert sum(predictor._lanes.counts[1:]) == 5
     assert predictor.micro_batch == micro_batch
 
 

@@ -29,14 +29,14 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _poison(predictor):
-    predict = predictor.predict
+    start = predictor.start
 
-    def die_or_predict(self, frames, **options):
+    def die_or_start(self, frames, **options):
         if (frames.min(axis=(1, 2, 3)) >= FATAL).any():
             _die()
-        return predict(self, frames, **options)
+        return start(self, frames, **options)
 
-    predictor.predict = die_or_predict
+    predictor.start = die_or_start
 
 
 def _die():
