@@ -6,7 +6,6 @@ child, and every other input of the shard is unaffected. Whoever decodes for a j
 deaths are counted, so that no restart forgets them; everybody else counts those of one call.
 """
 
-import mmap
 import os
 import signal
 import socket
@@ -16,13 +15,10 @@ import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Self
-
-import numpy as np
 
 from pipeline.decode_messages import (
     DecodeItem,
@@ -34,7 +30,8 @@ from pipeline.decode_messages import (
     send_request,
 )
 from pipeline.errors import ERROR_KINDS, ErrorKind, JobError, UserError, one_line
-from pipeline.records import Asset, DecodedShard, FrameRecord, ShardSpec, Slice
+from pipeline.pixel_memory import PixelPool
+from pipeline.records import Asset, DecodedShard, FrameRecord, ShardSpec, Slice, UInt8Array
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.sources.capture import Capture
 from pipeline.storage import StorageOptions
@@ -52,6 +49,11 @@ _MAX_ATTEMPTS_OF_A_KIND: dict[ErrorKind, int] = {"crash": 3, "timeout": 2}
 _MAX_IDLE_DEATHS = 3
 _MAX_MESSAGE_CHARS = 500
 _INT64 = 1 << 63
+# Of glibc; larger buffers go back to the kernel at once, and so does what is free beyond.
+_KEEP_BUFFERS = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
 # Microseconds at the end of the year 9999, beyond which readers of Parquet know no date.
 _LAST_INSTANT_US = 253_402_300_799_999_999
 
@@ -123,6 +125,7 @@ class DecodeWorker:
     def __init__(self, limits: DecodeLimits | None = None) -> None:
         self.limits = limits or DecodeLimits()
         self._child: _Child | None = None
+        self._pool = PixelPool()
 
     def __enter__(self) -> Self:
         return self
@@ -140,16 +143,18 @@ class DecodeWorker:
         if self._child is not None:
             self._child.end()
             self._child = None
+        self._pool = PixelPool()
 
     def decode_shard(
         self, spec: ShardSpec, storage: StorageOptions | None = None, tally: Tally | None = None
     ) -> DecodedShard:
         """As the function of that name."""
-        size = spec.input_width_px, spec.input_height_px
-        with _memory_file(spec.num_frames * size[0] * size[1] * 3) as fd:
-            ledger = _ShardLedger(spec, storage or StorageOptions(), self.limits)
-            self._settle(ledger, fd, tally or _tally_of_one_call())
-            return ledger.shard(fd)
+        num_bytes = spec.num_frames * spec.input_width_px * spec.input_height_px * 3
+        memory = self._pool.take(num_bytes)
+        pixels = self._pool.lend(memory)[:num_bytes]
+        ledger = _ShardLedger(spec, storage or StorageOptions(), self.limits)
+        self._settle(ledger, memory.fd, tally or _tally_of_one_call())
+        return ledger.shard(pixels)
 
     def probe_assets(
         self, root: str, assets: Sequence[Asset], storage: StorageOptions | None = None
@@ -290,16 +295,14 @@ class _ShardLedger:
                 for slot in self._left(entry):
                     self._outcomes[slot] = death.kind, death.message
 
-    def shard(self, fd: int) -> DecodedShard:
+    def shard(self, memory: UInt8Array) -> DecodedShard:
         """All frames, and the pixels of the good ones moved together."""
         spec = self._spec
         good = [slot for slot, outcome in enumerate(self._outcomes) if outcome == ()]
-        pixels = np.empty((0, spec.input_height_px, spec.input_width_px, 3), np.uint8)
-        if good:
-            pixels = np.frombuffer(mmap.mmap(fd, 0), np.uint8).reshape(-1, *pixels.shape[1:])
-            for place, slot in enumerate(good):
-                if place != slot:
-                    pixels[place] = pixels[slot]
+        pixels = memory.reshape(-1, spec.input_height_px, spec.input_width_px, 3)
+        for place, slot in enumerate(good):
+            if place != slot:
+                pixels[place] = pixels[slot]
         records = [record for part in spec.slices for record in _records(part)]
         frames = tuple(
             replace(record, error_kind=outcome[0], error=outcome[1]) if outcome else record
@@ -466,26 +469,23 @@ def _end(
 
 
 def _environment(limits: DecodeLimits) -> dict[str, str]:
-    """The parent's environment, its import path, and one thread for every library."""
+    """The parent's environment, its import path, and one thread for every library.
+
+    The allocator keeps freed buffers of a picture's size, unless told otherwise: new ones are
+    cleared by the kernel page by page, which costs as much as decoding into them.
+    """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
-    return inherited | {
-        "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),
-        "OPENCV_IO_MAX_IMAGE_PIXELS": str(limits.max_pixels),
-        "OPENCV_LOG_LEVEL": "OFF",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-
-
-@contextmanager
-def _memory_file(size_bytes: int) -> Iterator[int]:
-    """Anonymous shared memory; it lives on while it is mapped."""
-    fd = os.memfd_create("decoded-pixels")
-    try:
-        os.ftruncate(fd, max(1, size_bytes))
-        yield fd
-    finally:
-        os.close(fd)
+    return (
+        _KEEP_BUFFERS
+        | inherited
+        | {
+            "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),
+            "OPENCV_IO_MAX_IMAGE_PIXELS": str(limits.max_pixels),
+            "OPENCV_LOG_LEVEL": "OFF",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+    )
 
 
 def _records(part: Slice) -> Iterator[FrameRecord]:

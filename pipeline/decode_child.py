@@ -5,7 +5,6 @@ came with the request. It ends at once, whatever it is doing, when the parent is
 it where not even that works. Only ``pipeline.decode`` starts it.
 """
 
-import mmap
 import os
 import resource
 import signal
@@ -24,7 +23,6 @@ from typing import Any, BinaryIO
 
 import av
 import cv2
-import numpy as np
 
 from pipeline.decode_messages import (
     DecodeItem,
@@ -45,6 +43,7 @@ from pipeline.errors import (
     UserError,
 )
 from pipeline.geometry import UInt8Array, resize
+from pipeline.pixel_memory import SeenMemory
 from pipeline.records import Asset, Slice
 from pipeline.sources.assets import AssetProbe, DecodeLimits, check_pixels
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
@@ -68,6 +67,7 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     _confine(memory_bytes=int(sys.argv[2]))
     requests: SimpleQueue[tuple[Request, int | None]] = SimpleQueue()
+    memory = SeenMemory()
     Thread(target=_listen, args=(channel, requests), daemon=True).start()
     send_event(channel, ["ready"])
     while True:
@@ -77,7 +77,7 @@ def main() -> None:
             if isinstance(request, ProbeRequest):
                 _probe(request, pulse)
             elif fd is not None:
-                _decode(request, fd, pulse)
+                decode_items(request, _pixels(memory.array(fd), request.size), pulse)
         except (UserError, CredentialsError) as error:
             pulse.emit(["refused", str(error)])
         pulse.rest()
@@ -166,10 +166,6 @@ class _Prefetch:
         )
 
 
-def _decode(request: DecodeRequest, fd: int, pulse: _Pulse) -> None:
-    decode_items(request, _map_pixels(fd, request.size), pulse)
-
-
 def decode_items(request: DecodeRequest, pixels: UInt8Array, pulse: _Pulse) -> None:
     """Decode a request's frames into ``pixels`` ``(slots, h, w, 3)`` and tell of each."""
     store = open_store(request.root, request.storage)
@@ -190,11 +186,11 @@ def decode_items(request: DecodeRequest, pixels: UInt8Array, pulse: _Pulse) -> N
     files.close()
 
 
-def _map_pixels(fd: int, size: tuple[int, int]) -> UInt8Array:
-    mapped = mmap.mmap(fd, 0)
-    os.close(fd)
+def _pixels(memory: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+    """As many slots as there is room for."""
     width, height = size
-    return np.frombuffer(mapped, np.uint8).reshape(-1, height, width, 3)
+    num_bytes = width * height * 3
+    return memory[: len(memory) // num_bytes * num_bytes].reshape(-1, height, width, 3)
 
 
 Outcome = tuple[int, UInt8Array | None, ErrorKind | None, str | None]

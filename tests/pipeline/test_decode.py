@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline import decode
+from pipeline import decode, pixel_memory
 from pipeline.decode import DecodeLimits, DecodeWorker, decode_shard, probe_asset, probe_assets
 from pipeline.errors import UserError
 from pipeline.geometry import resize
@@ -83,6 +83,30 @@ def test_images_and_videos_of_one_shard(tmp_path):
     assert decoded.pixels.shape == (14, 32, 64, 3)
     for got, frame in zip(decoded.pixels, frames, strict=True):
         assert np.array_equal(got, resize(frame, SIZE))
+
+
+def test_a_shards_pixels_stay_while_anybody_holds_them(tmp_path, worker, monkeypatch):
+    made = []
+
+    class Counted(pixel_memory.PixelMemory):
+        def __init__(self, size_bytes):
+            made.append(size_bytes)
+            super().__init__(size_bytes)
+
+    monkeypatch.setattr(pixel_memory, "PixelMemory", Counted)
+    write_images(tmp_path, *(f"{seed}.png" for seed in range(6)))
+    parts = slices_of(tmp_path, worker)
+    expected = [resize(picture(seed=seed), SIZE) for seed in range(6)]
+    first = worker.decode_shard(shard(tmp_path, parts[:3]))
+    second = worker.decode_shard(shard(tmp_path, parts[3:]))
+    assert np.array_equal([*first.pixels, *second.pixels], expected)
+    kept = first.pixels[1:2]
+    del first, second
+    for some in (parts[:2], parts[2:4], parts[:3], parts[3:]):
+        assert len(worker.decode_shard(shard(tmp_path, some)).pixels) == len(some)
+        assert np.array_equal(kept[0], expected[1])
+    # Those that were held at a time.
+    assert made == [3 * SIZE[0] * SIZE[1] * 3] * 2
 
 
 def test_every_bad_input_is_typed_and_the_rest_is_dense(tmp_path):
