@@ -22,9 +22,13 @@ def test_shares_are_those_of_the_valid_pixels(shape: tuple[int, int], side: int)
 
 
 def test_percentiles_leave_out_what_is_invalid() -> None:
-    metres = np.array([np.nan, 0.0, -1.0, np.inf, *range(1, 102)])
-    assert depth_percentiles(metres) == pytest.approx((6, 51, 96))
-    assert depth_percentiles(np.zeros(4)) == (None, None, None)
+    codes = METRIC_DEPTH.encode(np.array([np.nan, 0.0, -1.0, np.inf, *range(1, 102)]))
+    assert depth_percentiles(codes, METRIC_DEPTH.scale) == pytest.approx((6, 51, 96))
+    assert depth_percentiles(codes[:4], METRIC_DEPTH.scale) == (None, None, None)
+    drawn = np.random.default_rng(1).integers(0, 2**16, (31, 17), np.uint16)
+    metres = METRIC_DEPTH.decode(drawn)
+    expected = np.nanpercentile(metres, (5, 50, 95))
+    assert depth_percentiles(drawn, METRIC_DEPTH.scale) == pytest.approx(expected)
 
 
 def shard_of(codec: DepthCodec | None) -> AnnotatedShard:
