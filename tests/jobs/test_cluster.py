@@ -48,13 +48,25 @@ def test_who_hangs_up_is_noticed_at_once_and_who_is_gone_is_told_from_who_is_the
 
 
 @pytest.mark.parametrize(
-    ("num_cpus", "shared_gib", "expected_gib"),
-    [(1, 64, 1), (4, 64, 1), (16, 64, 4), (64, 16, 8), (64, 1, 1)],
+    ("num_cpus", "has_gpu", "shared_gib", "expected_gib"),
+    [
+        (1, False, 64, 1),
+        (4, False, 64, 1),
+        (16, False, 64, 4),
+        (64, False, 16, 8),
+        (64, False, 1, 1),
+        (16, True, 64, 16),
+        (16, True, 16, 8),
+    ],
 )
 def test_the_object_store_grows_with_the_cpus_as_far_as_there_is_room(
-    monkeypatch: pytest.MonkeyPatch, num_cpus: int, shared_gib: int, expected_gib: int
+    monkeypatch: pytest.MonkeyPatch,
+    num_cpus: int,
+    has_gpu: bool,
+    shared_gib: int,
+    expected_gib: int,
 ) -> None:
     usage = shutil._ntuple_diskusage(shared_gib << 30, 0, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(cluster, "_SHARED_MEMORY", Path("/"))
-    assert cluster.object_store_bytes(num_cpus) == expected_gib << 30
+    assert cluster.object_store_bytes(num_cpus, has_gpu=has_gpu) == expected_gib << 30
