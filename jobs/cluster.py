@@ -27,7 +27,7 @@ from pipeline.errors import JobError, UserError
 _OBJECT_STORE_BYTES = 1 << 30
 _OBJECT_STORE_BYTES_PER_CPU = 256 << 20
 # A decode task is allowed while its shard fits into what is left of a share of half the store: with
-# 256 MiB a CPU, 5 of 16 decoded at a time, and an H200 was idle for half of the time.
+# 256 MiB a CPU, 5 of 14 decoded at a time, and an H200 was idle for half of the time.
 _OBJECT_STORE_BYTES_PER_CPU_GPU = 1 << 30
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own choice  # nosec B108
 # A socket's path has 107 bytes, and what Ray adds 65.
@@ -268,18 +268,30 @@ def _embed(settings: RaySection) -> None:
 
 
 def object_store_bytes(num_cpus: int, *, has_gpu: bool) -> int:
-    """What an embedded Ray's object store takes unless told: no more than half of its room."""
+    """What an embedded Ray's object store takes unless told.
+
+    No more than half of its room or a quarter of this machine's, or container's, memory.
+    """
     per_cpu = _OBJECT_STORE_BYTES_PER_CPU_GPU if has_gpu else _OBJECT_STORE_BYTES_PER_CPU
     wanted = num_cpus * per_cpu
     if _SHARED_MEMORY.is_dir():
         wanted = min(wanted, shutil.disk_usage(_SHARED_MEMORY).total // 2)
-    return max(_OBJECT_STORE_BYTES, wanted)
+    return max(_OBJECT_STORE_BYTES, min(wanted, _memory_bytes() // 4))
+
+
+def _memory_bytes() -> int:
+    from ray._common.utils import get_system_memory
+
+    return int(get_system_memory())
 
 
 def _has_gpu() -> bool:
-    import torch
+    """Whether Ray will find a GPU here; torch would cost the driver half a gigabyte."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource
 
-    return torch.cuda.device_count() > 0
+    gpus = get_accelerator_manager_for_resource("GPU")
+    is_hidden = gpus.get_current_process_visible_accelerator_ids() == []
+    return not is_hidden and gpus.get_current_node_num_accelerators() > 0
 
 
 def _ray_folder() -> str | None:

@@ -13,7 +13,8 @@ A shard with a death is done frame by frame from then on, each frame noted befor
 shard under way, which could be what kills the process. A frame at which two more processes die is
 quarantined: three attempts. So is a shard at which three died between its frames, or twenty frames
 were guilty. Deaths in the shard as a whole accuse no frame, however many: shards under way
-together, or drivers side by side, have one each.
+together, or drivers side by side, have one each. So the first of a frame's three may have been a
+neighbour's; the two at the frame are its own.
 """
 
 import fcntl
@@ -127,8 +128,11 @@ class Journal:
         """Say that nothing is being done of a shard any more."""
         with self._changed:
             file = self._taken.pop(shard_id, None)
-            if file is not None:
+            if file is None:
+                return
+            try:
                 os.pwrite(file, _AT_REST, 0)
+            finally:
                 self._free.append(file)
                 self._changed.notify_all()
 

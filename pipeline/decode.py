@@ -139,11 +139,14 @@ class DecodeWorker:
         return self._child.process.pid if self._child else None
 
     def close(self) -> None:
-        """End the child; the next call starts another."""
+        """End the child, and let its memory go; the next call starts another."""
+        self._end_child()
+        self._pool = PixelPool()
+
+    def _end_child(self) -> None:
         if self._child is not None:
             self._child.end()
             self._child = None
-        self._pool = PixelPool()
 
     def decode_shard(
         self, spec: ShardSpec, storage: StorageOptions | None = None, tally: Tally | None = None
@@ -186,7 +189,7 @@ class DecodeWorker:
     ) -> "_Death | None":
         """Send a request and take events until it is done, or the child is."""
         if self._child is None or not self._child.is_alive():
-            self.close()
+            self._end_child()
             self._child = _Child(self.limits)
             _children.add(self._child)
         child = self._child
@@ -201,16 +204,16 @@ class DecodeWorker:
                 elif event[0] != "alive":
                     ledger.take(event)
         except TimeoutError:
-            self.close()
+            self._end_child()
             message = f"no progress for {self.limits.deadline_s:g} s"
             return _Death(kind="timeout", message=message, item=item)
         except (EOFError, OSError, ValueError, LookupError, TypeError):
             # Gone, or its memory is so damaged that it talks nonsense.
             message, kind = child.autopsy()
-            self.close()
+            self._end_child()
             return _Death(kind=kind, message=message, item=item)
         except BaseException:
-            self.close()
+            self._end_child()
             raise
         return None
 
@@ -308,7 +311,9 @@ class _ShardLedger:
             replace(record, error_kind=outcome[0], error=outcome[1]) if outcome else record
             for record, outcome in zip(records, self._outcomes, strict=True)
         )
-        return DecodedShard(shard_id=spec.shard_id, frames=frames, pixels=pixels[: len(good)])
+        # A view of nothing would hold all of the memory.
+        pixels = pixels[: len(good)] if good else pixels[:0].copy()
+        return DecodedShard(shard_id=spec.shard_id, frames=frames, pixels=pixels)
 
     def _left(self, entry: int) -> list[int]:
         start = self._starts[entry]

@@ -7,18 +7,15 @@ both processes, a fault at a time. Here they stay mapped, in both.
 import mmap
 import os
 import weakref
-from collections import OrderedDict
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-_MAX_FREE = 2
-_MAX_SEEN = 4
+_MAX_FREE = 1
 
 Bytes = npt.NDArray[np.uint8]
 
-# How often this process was forked: a copy of it still sees what was lent before.
+# Grows when this process is forked: a copy of it still sees what was lent before.
 _forks = 0
 
 
@@ -71,36 +68,33 @@ class PixelPool:
             self._free.append(memory)
 
 
-@dataclass(frozen=True)
-class _File:
-    device: int
-    inode: int
-
-
 class SeenMemory:
-    """The child's mappings of what its parent has sent, the latest ones."""
+    """The child's mapping of what its parent has sent: of the latest memory alone.
+
+    What the parent has let go goes, and a decoder run wild does not reach the shards before.
+    """
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[_File, mmap.mmap] = OrderedDict()
+        self._file: tuple[int, int] | None = None
+        self._mapped: mmap.mmap | None = None
 
     def array(self, fd: int) -> Bytes:
         """All bytes of a file, writable; takes the descriptor over."""
         status = os.fstat(fd)
         # No other file has its numbers while it is mapped here.
-        file = _File(status.st_dev, status.st_ino)
+        file = status.st_dev, status.st_ino
         try:
-            mapped = self._seen.pop(file, None) or mmap.mmap(fd, 0)
+            if self._mapped is None or file != self._file:
+                self._mapped, self._file = mmap.mmap(fd, 0), file
         finally:
             os.close(fd)
-        self._seen[file] = mapped
-        if len(self._seen) > _MAX_SEEN:
-            self._seen.popitem(last=False)
-        return np.frombuffer(mapped, np.uint8)
+        return np.frombuffer(self._mapped, np.uint8)
 
 
-def _after_fork() -> None:
+def _count_fork() -> None:
     global _forks  # noqa: PLW0603 - of this process
     _forks += 1
 
 
-os.register_at_fork(after_in_parent=_after_fork, after_in_child=_after_fork)
+# Before and after: another thread may take memory in between.
+os.register_at_fork(before=_count_fork, after_in_parent=_count_fork, after_in_child=_count_fork)

@@ -78,6 +78,9 @@ class Lanes:
 
         Returns:
             What waits for the results, and gives them; None if these frames had better do without.
+
+        Raises:
+            RuntimeError: The device is lost, or has no memory left to run a graph.
         """
         # Less than half a lane's width is faster alone.
         if not len(frames) or 2 * len(frames) < width:
@@ -95,10 +98,11 @@ class Lanes:
             # In turns from one call to the next, too.
             lanes[self._started % LANES].start(frames[own], parts)
             self._started += 1
-        ends = [lane.end() for lane in lanes]
+        ends = [(lane, lane.end()) for lane in lanes]
 
         def wait() -> Said:
-            for end in ends:
+            # The lanes live until then, whatever becomes of this object.
+            for _, end in ends:
                 end()
             return [None if result is None else result.numpy() for result in results]
 

@@ -164,14 +164,27 @@ class Predictor:
         """
         _check(frames)
         size = class_ids_size or (frames.shape[1], frames.shape[2])
-        if self._lanes is not None and not self._network.is_watched():
-            # Triton launches on the current device, wherever its tensors are.
-            with torch.cuda.device(self.device):
-                wait = self._lanes.start(self._annotate_on_gpu, frames, self.micro_batch, size)
-            if wait is not None:
-                return lambda: _predictions(wait())
+        wait = self._start_on_gpu(frames, size)
+        if wait is not None:
+            return lambda: _predictions(wait())
         predictions = self._predict_at_once(frames, size)
         return lambda: predictions
+
+    def _start_on_gpu(
+        self, frames: NDArray[np.uint8], size: tuple[int, int]
+    ) -> Callable[[], Sequence[Any]] | None:
+        """What waits for recorded graphs; None if there are none, or no memory left for them."""
+        if self._lanes is None or self._network.is_watched():
+            return None
+        try:
+            # Triton launches on the current device, wherever its tensors are.
+            with torch.cuda.device(self.device):
+                return self._lanes.start(self._annotate_on_gpu, frames, self.micro_batch, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self._lanes.clear()
+        return None
 
     def _predict_at_once(self, frames: NDArray[np.uint8], size: tuple[int, int]) -> Predictions:
         in_threads = self._num_threads > 1 and self.micro_batch == 1 and len(frames) > 1

@@ -57,6 +57,7 @@ def test_who_hangs_up_is_noticed_at_once_and_who_is_gone_is_told_from_who_is_the
         (64, False, 1, 1),
         (16, True, 64, 16),
         (16, True, 16, 8),
+        (64, True, 128, 25),
     ],
 )
 def test_the_object_store_grows_with_the_cpus_as_far_as_there_is_room(
@@ -69,4 +70,5 @@ def test_the_object_store_grows_with_the_cpus_as_far_as_there_is_room(
     usage = shutil._ntuple_diskusage(shared_gib << 30, 0, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(cluster, "_SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr(cluster, "_memory_bytes", lambda: 100 << 30)
     assert cluster.object_store_bytes(num_cpus, has_gpu=has_gpu) == expected_gib << 30

@@ -283,30 +283,60 @@ def test_each_shard_under_way_is_noted_until_it_ends(store):
     assert found == [1, 0, 1]
 
 
-def test_a_deadly_shard_begins_when_no_other_is_under_way(store):
-    die_at(store, 1, 2)
-    made = stage(store, at_a_time=2)
-    other, deadly_one = tables_of(1, 2)
-    end = made.begin(other)
-    with ThreadPoolExecutor(1) as threads:
-        begun = threads.submit(made.begin, deadly_one)
-        with pytest.raises(TimeoutError):
-            begun.result(0.3)
-        end()
-        annotated = AnnotatedShard.from_table(begun.result()())
-    assert [frame.error_kind for frame in annotated.frames] == [None, None]
+@pytest.mark.parametrize(
+    ("error", "deaths"),
+    [
+        (RuntimeError("no idea"), Deaths()),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), Deaths(in_whole=1)),
+    ],
+)
+def test_what_fails_while_it_is_waited_for_is_a_death_if_the_device_is_lost(store, error, deaths):
+    def wait():
+        raise error
 
-
-def test_no_more_shards_are_begun_than_may_be_under_way(store):
     made = stage(store)
-    first, second = tables_of(1, 2)
+    made.predictor.start = lambda *_, **__: wait
+    end = made.begin(*tables_of(1))
+    with pytest.raises(type(error)):
+        end()
+    let_go(made.journal)
+    assert Journal(store, LAYOUT, 1).deaths(1) == deaths
+
+
+def test_a_note_that_cannot_be_wiped_keeps_nobody_waiting(store, monkeypatch):
+    journal = Journal(store, LAYOUT, 1)
+    journal.note(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.deaths.os.pwrite", fail)
+        with pytest.raises(OSError, match="injected"):
+            journal.rest(1)
+    journal.note(2)
+
+
+def fail(*_):
+    raise OSError("injected")
+
+
+def begun_after_the_other_ends(made, first, second):
+    """What the second says, which must not begin before the first ends."""
     end = made.begin(first)
     with ThreadPoolExecutor(1) as threads:
         begun = threads.submit(made.begin, second)
         with pytest.raises(TimeoutError):
             begun.result(0.3)
         end()
-        assert AnnotatedShard.from_table(begun.result()()).shard_id == 2
+        return AnnotatedShard.from_table(begun.result()())
+
+
+def test_a_deadly_shard_begins_when_no_other_is_under_way(store):
+    die_at(store, 1, 2)
+    annotated = begun_after_the_other_ends(stage(store, at_a_time=2), *tables_of(1, 2))
+    assert [frame.error_kind for frame in annotated.frames] == [None, None]
+
+
+def test_no_more_shards_are_begun_than_may_be_under_way(store):
+    annotated = begun_after_the_other_ends(stage(store), *tables_of(1, 2))
+    assert annotated.shard_id == 2
 
 
 def test_an_ordinary_exception_is_no_death(store):

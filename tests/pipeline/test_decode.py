@@ -105,7 +105,11 @@ def test_a_shards_pixels_stay_while_anybody_holds_them(tmp_path, worker, monkeyp
     for some in (parts[:2], parts[2:4], parts[:3], parts[3:]):
         assert len(worker.decode_shard(shard(tmp_path, some)).pixels) == len(some)
         assert np.array_equal(kept[0], expected[1])
-    # Those that were held at a time.
+    # Those that were held at a time; none for whoever holds no pixels.
+    (tmp_path / "bad.png").write_bytes(b"?")
+    bad = worker.decode_shard(shard(tmp_path, [image_slice("bad.png", 1)]))
+    worker.decode_shard(shard(tmp_path, parts[:3]))
+    assert len(bad.pixels) == 0
     assert made == [3 * SIZE[0] * SIZE[1] * 3] * 2
 
 

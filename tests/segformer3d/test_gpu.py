@@ -224,15 +224,18 @@ def test_what_was_given_back_is_not_recorded_again_at_once(lanes):
 class FullOfGraphs:
     """Lanes whose graphs leave no room, until they are cleared; a stand-in for a full GPU."""
 
-    def __init__(self):
+    def __init__(self, *, fails_at_start):
         self.is_full, self.counts = True, []
+        self.fails_at_start = fails_at_start
 
     def clear(self):
         was_full, self.is_full = self.is_full, False
         return was_full
 
     def start(self, annotate, frames, width, size):
-        return None
+        if self.is_full and self.fails_at_start:
+            # As the driver says it.
+            raise torch.AcceleratorError("CUDA error: out of memory")
 
     def run_without(self, annotate, frames, size):
         self.counts.append(len(frames))
@@ -242,14 +245,17 @@ class FullOfGraphs:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
-def test_graphs_give_way_before_frames_do(monkeypatch, micro_batch):
+@pytest.mark.parametrize("fails_at_start", [False, True])
+def test_graphs_give_way_before_frames_do(monkeypatch, micro_batch, fails_at_start):
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     info = WeightsInfo(config=CONFIG, depth_codec=METRIC_DEPTH, training_data="tests")
     predictor = Predictor(varied_model(), info, micro_batch=micro_batch)
-    predictor._lanes = FullOfGraphs()
+    predictor._lanes = FullOfGraphs(fails_at_start=fails_at_start)
     assert len(predictor.predict(frames_of(5)).finite) == 5
-    assert predictor._lanes.counts[:2] == [micro_batch] * 2
-    assert sum(predictor._lanes.counts[1:]) == 5
+    tries = 1 if fails_at_start else 2
+    assert predictor._lanes.counts[:tries] == [micro_batch] * tries
+    assert sum(predictor._lanes.counts[tries - 1 :]) == 5
+    assert not predictor._lanes.is_full
     assert predictor.micro_batch == micro_batch
 
 
