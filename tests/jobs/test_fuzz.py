@@ -156,8 +156,8 @@ def num_open_files(pid="self"):
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def shared_memory_maps(pid="self"):
-    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/shm/" in line]
+def num_pixel_memories(pid="self"):
+    return Path(f"/proc/{pid}/maps").read_text().count("decoded-pixels")
 
 
 class Goods:
@@ -294,7 +294,7 @@ def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count, is
     monkeypatch.setattr(tempfile, "tempdir", None)
     fuzz(folder, corpus, watch, first, FILES_PER_ARCHIVE // 4)
     gc.collect()
-    before, mapped = watch.num_open_files(), len(shared_memory_maps())
+    before = watch.num_open_files()
     worker = decode._workers.worker
     # Other tests leave servers for the whole session.
     others = {child.pid for child in psutil.Process().children()} - {worker.pid}
@@ -304,14 +304,16 @@ def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count, is
     gc.collect()
     assert watch.num_open_files() <= before
     assert num_open_files(worker.pid) < 20
-    assert len(shared_memory_maps()) <= mapped
-    assert not shared_memory_maps(worker.pid)
+    # Kept for the next shard.
+    assert num_pixel_memories() == 1
+    assert num_pixel_memories(worker.pid) <= 1
     assert list(temporary.iterdir()) == []
     assert watch.slowest_s <= DEADLINE_S + GRACE_S
     assert watch.caps == {MEMORY_BYTES}
     assert 0 < watch.most_owned_bytes <= MEMORY_BYTES
     assert watch.peak_bytes <= MEMORY_BYTES + SHARED_BYTES
     worker.close()
+    assert num_pixel_memories() == 0
     assert {child.pid for child in psutil.Process().children()} <= others
 
 
