@@ -294,7 +294,8 @@ def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count, is
     monkeypatch.setattr(tempfile, "tempdir", None)
     fuzz(folder, corpus, watch, first, FILES_PER_ARCHIVE // 4)
     gc.collect()
-    before = watch.num_open_files()
+    # Other tests' threads may have memory of their own.
+    before, mapped = watch.num_open_files(), num_pixel_memories()
     worker = decode._workers.worker
     # Other tests leave servers for the whole session.
     others = {child.pid for child in psutil.Process().children()} - {worker.pid}
@@ -304,8 +305,7 @@ def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count, is
     gc.collect()
     assert watch.num_open_files() <= before
     assert num_open_files(worker.pid) < 20
-    # Kept for the next shard.
-    assert num_pixel_memories() == 1
+    assert num_pixel_memories() <= mapped
     assert num_pixel_memories(worker.pid) <= 1
     assert list(temporary.iterdir()) == []
     assert watch.slowest_s <= DEADLINE_S + GRACE_S
@@ -313,7 +313,8 @@ def fuzz_and_look_for_leaks(folder, corpus, watch, monkeypatch, first, count, is
     assert 0 < watch.most_owned_bytes <= MEMORY_BYTES
     assert watch.peak_bytes <= MEMORY_BYTES + SHARED_BYTES
     worker.close()
-    assert num_pixel_memories() == 0
+    # It had kept one for its next shard.
+    assert num_pixel_memories() < mapped
     assert {child.pid for child in psutil.Process().children()} <= others
 
 
