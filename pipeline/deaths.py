@@ -227,8 +227,7 @@ def spare(shard: DecodedShard, deaths: Deaths) -> DecodedShard:
         return shard
     message = "the model's process died of it at every attempt"
     frames, kept = list(shard.frames), []
-    good = [place for place, frame in enumerate(frames) if frame.error_kind is None]
-    for row, place in enumerate(good):
+    for row, place in enumerate(shard.good_places):
         if place in guilty:
             frames[place] = replace(frames[place], error_kind=_KIND, error=message)
         else:

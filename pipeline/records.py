@@ -185,6 +185,11 @@ class DecodedShard:
     pixels: UInt8Array
     decode_s: float = 0.0
 
+    @property
+    def good_places(self) -> list[int]:
+        """Places among all frames of those that have pixels."""
+        return [place for place, frame in enumerate(self.frames) if frame.error_kind is None]
+
     def to_table(self) -> pa.Table:
         """One Arrow row; the pixels are not copied."""
         head = {

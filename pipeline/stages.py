@@ -237,8 +237,7 @@ class AnnotateShard:
         predictions: Sequence[tuple[range, "Predictions | None"]],
         annotate_s: float,
     ) -> AnnotatedShard:
-        frames = list(shard.frames)
-        good = _good(frames)
+        frames, good = list(shard.frames), shard.good_places
         class_ids: list[UInt8Array] = []
         depth: list[UInt16Array] = []
         certainty: list[Certainty] = []
@@ -269,7 +268,7 @@ class AnnotateShard:
 
         Frames that go one by one are noted before.
         """
-        good = _good(shard.frames)
+        good = shard.good_places
         sizes = [self._class_ids_size(shard.frames[place]) for place in good]
         start = 0
         while start < len(good):
@@ -324,11 +323,6 @@ class _ModelClock:
 
 def _done(said: "Predictions | None") -> "_Wait":
     return lambda: said
-
-
-def _good(frames: Sequence[FrameRecord]) -> list[int]:
-    """Places of the frames that pixels are there of."""
-    return [place for place, frame in enumerate(frames) if frame.error_kind is None]
 
 
 def is_device_lost(error: BaseException) -> bool:
