@@ -37,6 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in LONG_FILES)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Call bytes by their place: what is made while collecting may differ between the workers."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests that passed have printed as proofs: the figures of docs/reliability.md.
 
