@@ -19,7 +19,7 @@ import pytest
 
 from jobs.planner import Planner
 from jobs.spec import JobSpec, check_spec
-from pipeline import decode
+from pipeline import decode, decode_process
 from pipeline.decode import decode_shard
 from pipeline.errors import ERROR_KINDS
 from pipeline.geometry import resize
@@ -91,7 +91,10 @@ class Watch:
 def watch(monkeypatch):
     """Times each input between the child's own signs, and samples the children's memory."""
     seen = Watch()
-    real_receive, real_init = decode._Child.receive, decode._Child.__init__
+    real_receive, real_init = (
+        decode_process.DecodeProcess.receive,
+        decode_process.DecodeProcess.__init__,
+    )
 
     def init(child, limits):
         child.begun_s = None
@@ -114,14 +117,14 @@ def watch(monkeypatch):
             if event is not None:
                 child.begun_s = {"begin": now, "done": None}.get(event[0], child.begun_s)
 
-    monkeypatch.setattr(decode._Child, "__init__", init)
-    monkeypatch.setattr(decode._Child, "receive", receive)
+    monkeypatch.setattr(decode_process.DecodeProcess, "__init__", init)
+    monkeypatch.setattr(decode_process.DecodeProcess, "receive", receive)
     stop = threading.Event()
 
     def sample():
         while not stop.wait(0.02):
             # No name may outlive the loop: it would keep a child alive that its owner forgot.
-            pids = [child.process.pid for child in list(decode._children)]
+            pids = [child.process.pid for child in list(decode_process._children)]
             with seen.sampling:
                 seen.peak_bytes = max([seen.peak_bytes, *(_memory(pid, "VmHWM") for pid in pids)])
                 owned = [_memory(pid, "VmData") for pid in pids]

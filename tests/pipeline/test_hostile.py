@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pipeline import decode
+from pipeline import decode_ledgers
 from pipeline.deaths import Deaths, DecodeTally, Journal
 from pipeline.decode import DecodeLimits, DecodeWorker
 from pipeline.errors import InputError
@@ -108,18 +108,18 @@ def slice_of(captured_at_us, pts_s):
 
 @pytest.mark.parametrize("pts_s", [1e14, 9e15, -1e14])
 def test_times_that_no_calendar_holds_are_unknown(pts_s):
-    (record,) = decode._records(slice_of(1_600_000_000_000_000, pts_s))
+    (record,) = decode_ledgers._records(slice_of(1_600_000_000_000_000, pts_s))
     assert record.captured_at_us is None
     assert record.pts_s == pts_s
 
 
 def test_a_child_that_talks_nonsense_cannot_spoil_a_plan_or_a_row():
-    assert decode._one_line("two\nlines \udcff\x1b[31m\0") == "two lines ?\ufffd[31m\ufffd"
-    assert len(decode._one_line("x" * 10_000)) == 500
-    assert decode._one_line("\n") == "no reason was given"
+    assert decode_ledgers._one_line("two\nlines \udcff\x1b[31m\0") == "two lines ?\ufffd[31m\ufffd"
+    assert len(decode_ledgers._one_line("x" * 10_000)) == 500
+    assert decode_ledgers._one_line("\n") == "no reason was given"
     asset = Asset(path="a.mp4", kind="video", size_bytes=1, etag="")
     sound = {"width": 96, "height": 64, "pts": (0, 1), "keyframe_pts": (0,)}
-    decode._check_sense(decode.AssetProbe(asset=asset, **sound))
+    decode_ledgers._check_sense(decode_ledgers.AssetProbe(asset=asset, **sound))
     for nonsense in (
         {"width": -1},
         {"height": 1 << 63},
@@ -128,10 +128,12 @@ def test_a_child_that_talks_nonsense_cannot_spoil_a_plan_or_a_row():
         {"pts": (0.5,)},
         {"width": True},
         {"num_missing": -1},
-        {"time_base": decode.Fraction(0)},
+        {"time_base": decode_ledgers.Fraction(0)},
     ):
         with pytest.raises(ValueError, match="a probe"):
-            decode._check_sense(decode.AssetProbe(asset=asset, **{**sound, **nonsense}))
+            decode_ledgers._check_sense(
+                decode_ledgers.AssetProbe(asset=asset, **{**sound, **nonsense})
+            )
 
 
 # At the start of every child: some inputs crash it, hang it or eat its memory while they are probed

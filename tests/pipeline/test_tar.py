@@ -382,7 +382,7 @@ def test_an_object_and_a_folder_of_one_name(s3_bucket_url):
 
 
 def test_a_child_that_lies_about_members_is_not_believed(worker):
-    from pipeline.decode import _check_member
+    from pipeline.decode_ledgers import _check_member
 
     tar = Asset(path="a.tar", kind="tar", size_bytes=100, etag="e")
     good = {"path": "a.tar/x.png", "kind": "image", "size_bytes": 40, "etag": "e"}
