@@ -29,7 +29,7 @@ from pipeline.layout import JOB_KEY, PNG_PREFIX, SHARDS_PER_RANGE, Generation
 from pipeline.records import Asset, AssetKind, ShardSpec, Slice, canonical_json, shards_to_table
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.listing import asset_kind, is_hidden, is_tar, list_assets
-from pipeline.sources.slicing import Sampling, slice_asset
+from pipeline.sources.slicing import SMALL_SLICE_FRAMES, Sampling, slice_asset
 from pipeline.storage import (
     Store,
     compile_glob,
@@ -45,6 +45,9 @@ _PROBES_PER_CALL = 16
 _MAX_PROBERS = 4
 # Decoded frames of one shard, about; a shard may hold twice its target.
 _MAX_SHARD_BYTES = 96 << 20
+# Frames in small shards: the first, so that results come soon, and of images the last as well, so
+# that the models are done at about the same time.
+_NUM_SMALL = 8 * SMALL_SLICE_FRAMES
 
 T = TypeVar("T")
 
@@ -64,11 +67,13 @@ class Planner:
         self.store, self.pattern = open_input(spec.input.url, spec.input.storage.options())
         self._excluded = _excluded(spec)
         self.assets, self.num_ignored = self._list()
+        self._last_images = _last_images(self.assets)
         self._digest = PlanDigest()
         self._counts = dict.fromkeys(
             ("num_shards", "num_frames", "num_known_errors", "num_pixels"), 0
         )
         self._num_assets: Counter[AssetKind] = Counter()
+        self._num_sliced = 0
         self._size_bytes = 0
         self._duration_s = 0.0
 
@@ -166,8 +171,17 @@ class Planner:
             self._size_bytes += probe.asset.size_bytes
             self._duration_s += probe.duration_s
             target = self._target_frames(probe)
+            is_last = probe.asset.path in self._last_images
             for part in self._parts(probe, target):
-                yield *sized(part, self.spec.geometry.geometry()), target
+                is_small = is_last or self._num_small_left > 0
+                self._num_sliced += len(part.frame_index)
+                aim = min(target, SMALL_SLICE_FRAMES) if is_small else target
+                yield *sized(part, self.spec.geometry.geometry()), aim
+
+    @property
+    def _num_small_left(self) -> int:
+        """So many of the frames that come next go into small shards, since they are the first."""
+        return max(0, _NUM_SMALL - self._num_sliced)
 
     def _parts(self, probe: AssetProbe, target_frames: int) -> list[Slice]:
         """Slices of one asset."""
@@ -175,7 +189,12 @@ class Planner:
             every_nth=self.spec.sampling.every_nth,
             frames_per_second=self.spec.sampling.frames_per_second,
         )
-        return slice_asset(probe, sampling=sampling, target_frames=target_frames)
+        return slice_asset(
+            probe,
+            sampling=sampling,
+            target_frames=target_frames,
+            num_small=self._num_small_left,
+        )
 
     def _target_frames(self, probe: AssetProbe) -> int:
         """Frames per shard: what the spec says, or as many as its memory bound allows."""
@@ -310,6 +329,12 @@ def open_output(spec: JobSpec) -> Store:
         UserError: If it cannot be reached or made.
     """
     return open_store(spec.output.url, spec.output.storage.options(), create=True)
+
+
+def _last_images(assets: Sequence[Asset]) -> frozenset[str]:
+    """The paths of the images that end the archive, if it is images that end it."""
+    images = itertools.takewhile(lambda asset: asset.kind == "image", reversed(assets))
+    return frozenset(asset.path for asset in itertools.islice(images, _NUM_SMALL))
 
 
 def _excluded(spec: JobSpec) -> list[re.Pattern[str]]:

@@ -123,7 +123,7 @@ class Replanner(Planner):
         if wanted is None or UNOPENABLE in wanted:
             return super()._parts(probe, target_frames)
         # Of all frames: what is wanted was sampled before, of the file as it was then.
-        parts = slice_asset(probe, target_frames=target_frames)
+        parts = slice_asset(probe, target_frames=target_frames, num_small=self._num_small_left)
         return list(_only_wanted(parts, wanted, target_frames))
 
 

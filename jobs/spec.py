@@ -157,7 +157,9 @@ class OutputSection(_Section):
 class ShardSection(_Section):
     """The unit of work and of commit."""
 
-    frames: Whole = Field(64, ge=1, le=4096, description="Frames per shard, about.")
+    frames: Whole = Field(
+        64, ge=1, le=4096, description="Per shard, about; 16 in the first, and last of images."
+    )
 
 
 class LimitsSection(_Section):

@@ -11,6 +11,7 @@ from pipeline.records import Slice
 from pipeline.sources.assets import AssetProbe
 
 MAX_MISSING_ENTRIES = 100_000
+SMALL_SLICE_FRAMES = 16
 # Where time stamps repeat, as in recordings put behind one another, or frames hang on a palette at
 # the beginning, a slice's frames are found by reading the video from there: that shall not take
 # more frames in all than this.
@@ -72,7 +73,11 @@ def sample_frames(pts: Sequence[int], time_base: Fraction, sampling: Sampling) -
 
 
 def slice_asset(
-    probe: AssetProbe, *, sampling: Sampling | None = None, target_frames: int = 64
+    probe: AssetProbe,
+    *,
+    sampling: Sampling | None = None,
+    target_frames: int = 64,
+    num_small: int = 0,
 ) -> list[Slice]:
     """Slices of one asset, in presentation order.
 
@@ -86,6 +91,8 @@ def slice_asset(
         probe: What is known of the asset.
         sampling: Which frames of a video are wanted.
         target_frames: Sampled frames per slice to aim at.
+        num_small: So many of the first frames go into slices of ``SMALL_SLICE_FRAMES`` instead, if
+            that is less.
 
     Raises:
         ValueError: If ``target_frames`` is not positive.
@@ -99,7 +106,8 @@ def slice_asset(
     if probe.asset.kind == "image":
         return [_slice(probe)]
     ranks = sample_frames(probe.pts, probe.time_base, sampling)
-    runs = [ranks[start:end] for start, end in _cuts(probe, ranks, target_frames)]
+    cuts = _cuts(probe, ranks, target_frames, num_small)
+    runs = [ranks[start:end] for start, end in cuts]
     num_read = sum(_is_read_whole(probe, run[0]) for run in runs) * len(probe.pts)
     reason = _PALETTE if probe.needs_start else _REPEATED
     slices = [
@@ -111,20 +119,23 @@ def slice_asset(
     return slices + _missing(probe, ranks, sampling, target_frames)
 
 
-def _cuts(probe: AssetProbe, ranks: Sequence[int], target_frames: int) -> Iterator[tuple[int, int]]:
+def _cuts(
+    probe: AssetProbe, ranks: Sequence[int], target_frames: int, num_small: int
+) -> Iterator[tuple[int, int]]:
     start = 0
     for position in range(1, len(ranks)):
         length = position - start
+        target = min(target_frames, SMALL_SLICE_FRAMES) if start < num_small else target_frames
         if _is_read_whole(probe, ranks[position]) != _is_read_whole(probe, ranks[position - 1]):
             yield start, position
             start = position
             continue
-        if length < target_frames:
+        if length < target:
             continue
         before, here = probe.pts[ranks[position - 1]], probe.pts[ranks[position]]
         keyframes = probe.keyframe_pts
         crosses_keyframe = bisect_right(keyframes, here) > bisect_right(keyframes, before)
-        if crosses_keyframe or length >= 2 * target_frames:
+        if crosses_keyframe or length >= 2 * target:
             yield start, position
             start = position
     if ranks:

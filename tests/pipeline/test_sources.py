@@ -190,6 +190,15 @@ def test_cuts_in_the_middle_where_keyframes_are_rare():
     assert [part.seek_pts for part in slices] == [0, 0, 0]
 
 
+def test_the_first_frames_go_into_small_slices():
+    frames = video(range(300), range(0, 300, 5))
+    slices = slice_asset(frames, target_frames=64, num_small=50)
+    assert [len(part.pts) for part in slices] == [20, 20, 20, 65, 65, 65, 45]
+    assert slice_asset(frames, target_frames=64, num_small=0) == slice_asset(frames)
+    few = slice_asset(frames, target_frames=10, num_small=50)
+    assert few == slice_asset(frames, target_frames=10)
+
+
 @given(
     steps=st.lists(st.integers(1, 9), min_size=1, max_size=200),
     every=st.integers(1, 7),
