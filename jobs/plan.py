@@ -5,7 +5,7 @@ The plan's identity is a hash over the shards; where the archive lies is not par
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pipeline.errors import DAMAGE, JobError, ObjectNotFoundError
@@ -119,7 +119,7 @@ class PlanDigest:
 
     def add(self, shard: ShardSpec) -> None:
         """Take the next shard."""
-        fields = asdict(shard)
+        fields = shard.fields()
         # A moved archive is the same archive.
         del fields["root"]
         for part in fields["slices"]:

@@ -42,7 +42,7 @@ from pipeline.storage import (
 # Rows that are known to be errors have no pixels; their shards need some size all the same.
 _NO_PIXELS_SIZE = (32, 32)
 _PROBES_PER_CALL = 16
-_MAX_PROBERS = 4
+_MAX_PROBERS = 8
 # Decoded frames of one shard, about; a shard may hold twice its target.
 _MAX_SHARD_BYTES = 96 << 20
 # Frames in small shards: the first, so that results come soon, and of images the last as well, so
