@@ -190,7 +190,11 @@ class _Driver:
         # While planning there is nothing to drain.
         if self._interrupts > 1 or self.state == "planning":
             raise KeyboardInterrupt
-        say("Stopping: the shards in the model are finished first; once more stops at once.")
+        # Says how to go on now: a signal to the whole group ends Ray, which may take this along.
+        say(
+            "Stopping: the shards in the model are finished first; once more stops at once. "
+            "Go on with `segformer3d resume`."
+        )
         threading.Thread(target=self._ask_to_drain, name="cancel", daemon=True).start()
 
     def _ask_to_drain(self) -> None:
