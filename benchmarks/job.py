@@ -268,7 +268,8 @@ def planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext,
     rows = [part.slice(row, 1) for part in parts for row in range(part.num_rows)]
     # The first and the last are small, which the stages alone would be timed with.
     sizes = [len(row["slices"][0]) for row in rows]
-    return context, [row for row, size in zip(rows, sizes, strict=True) if size == max(sizes)]
+    largest = max(sizes)
+    return context, [row for row, size in zip(rows, sizes, strict=True) if size == largest]
 
 
 def _job(archive: str, output: str, graph: str, given: argparse.Namespace) -> tuple[float, float]:

@@ -158,7 +158,10 @@ class ShardSection(_Section):
     """The unit of work and of commit."""
 
     frames: Whole = Field(
-        64, ge=1, le=4096, description="Per shard, about; 16 in the first, and last of images."
+        64,
+        ge=1,
+        le=4096,
+        description="Frames per shard, about; the first, and the last of images, have 16.",
     )
 
 

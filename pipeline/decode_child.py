@@ -2,7 +2,7 @@
 
 Takes requests from its parent and answers with events; pixels go into the shared memory file that
 came with the request. It ends at once, whatever it is doing, when the parent is gone; an alarm ends
-it where not even that works. Only ``pipeline.decode`` starts it.
+it where not even that works. Only ``pipeline.decode_process`` starts it.
 """
 
 import os

@@ -139,7 +139,7 @@ class ShardSpec:
         return sum(len(part.frame_index) for part in self.slices)
 
     def fields(self) -> dict[str, Any]:
-        """As ``asdict``, which would copy every tuple: half of what the driver does in planning."""
+        """As ``asdict``, which would copy every tuple of every slice."""
         return vars(self) | {"slices": [dict(vars(part)) for part in self.slices]}
 
 
