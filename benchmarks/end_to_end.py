@@ -34,7 +34,8 @@ from benchmarks.model import machine
 from pipeline.records import AnnotatedShard, DecodedShard, ShardReceipt
 from pipeline.stages import AnnotateShard, DecodeShard, PublishShard
 from segformer3d.gpu_lanes import CALLS_TO_RECORD
-from segformer3d.weights import bundled_weights, untrained_weights
+from segformer3d.weights import untrained_weights
+from segformer3d.weights_file import bundled_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

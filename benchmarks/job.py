@@ -40,7 +40,7 @@ from pipeline.records import AnnotatedShard, DecodedShard
 from pipeline.stages import AnnotateShard, DecodeShard, PublishShard, StageContext
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.scenes import make_drive, render
-from segformer3d.weights import bundled_weights
+from segformer3d.weights_file import bundled_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

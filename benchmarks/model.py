@@ -34,7 +34,8 @@ from segformer3d.heads import FoldedHeads
 from segformer3d.model import activate_depth, build_model
 from segformer3d.predictor import Predictor
 from segformer3d.scenes import make_drive, render
-from segformer3d.weights import UNTRAINED_DEPTH_M, bundled_weights, model_from_bytes
+from segformer3d.weights import UNTRAINED_DEPTH_M, model_from_bytes
+from segformer3d.weights_file import bundled_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

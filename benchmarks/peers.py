@@ -45,7 +45,8 @@ class Eager:
     def __init__(self) -> None:
         import torch
 
-        from segformer3d.weights import bundled_weights, model_from_bytes
+        from segformer3d.weights import model_from_bytes
+        from segformer3d.weights_file import bundled_weights
 
         torch.set_num_threads(1)
         self.torch = torch

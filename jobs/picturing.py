@@ -216,7 +216,8 @@ def open_model(spec: JobSpec, device: str | None) -> Model:
         UserError: If they cannot be had, or there is no such device.
     """
     from segformer3d.predictor import Predictor
-    from segformer3d.weights import WeightsError, model_from_bytes
+    from segformer3d.weights import model_from_bytes
+    from segformer3d.weights_file import WeightsError
 
     _check_device(device)
     try:

@@ -44,7 +44,8 @@ def read_foreign(
     Raises:
         UserError: If it is none of them.
     """
-    from segformer3d.weights import WeightsError, import_weights
+    from segformer3d.weights import import_weights
+    from segformer3d.weights_file import WeightsError
 
     check_local(str(source), "weights")
     try:
@@ -88,7 +89,7 @@ def describe(path: str | None) -> dict[str, Any]:
     Raises:
         UserError: If it is not a weights file of this project.
     """
-    from segformer3d.weights import WeightsError, bundled_path, read_info
+    from segformer3d.weights_file import WeightsError, bundled_path, read_info
 
     if path is not None:
         check_local(path, "weights")

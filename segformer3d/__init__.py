@@ -13,15 +13,13 @@ if TYPE_CHECKING:
     from segformer3d.model import DenseOutputs, Segformer3D, build_model
     from segformer3d.predictor import Predictions, Predictor
     from segformer3d.weights import (
-        WeightsError,
-        bundled_weights,
         import_weights,
         load_weights,
         model_from_bytes,
-        read_info,
         save_weights,
         untrained_weights,
     )
+    from segformer3d.weights_file import WeightsError, bundled_weights, check_weights, read_info
 
 __all__ = [
     "AttentionProbe",
@@ -37,6 +35,7 @@ __all__ = [
     "WeightsInfo",
     "build_model",
     "bundled_weights",
+    "check_weights",
     "import_weights",
     "load_weights",
     "model_from_bytes",
@@ -51,14 +50,17 @@ _HOMES = {
     "segformer3d.model": ("DenseOutputs", "Segformer3D", "build_model"),
     "segformer3d.predictor": ("Predictions", "Predictor"),
     "segformer3d.weights": (
-        "WeightsError",
-        "bundled_weights",
         "import_weights",
         "load_weights",
         "model_from_bytes",
-        "read_info",
         "save_weights",
         "untrained_weights",
+    ),
+    "segformer3d.weights_file": (
+        "WeightsError",
+        "bundled_weights",
+        "check_weights",
+        "read_info",
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

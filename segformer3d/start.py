@@ -13,7 +13,8 @@ from segformer3d.config import ModelConfig
 from segformer3d.encoder import TimmEncoder
 from segformer3d.model import Segformer3D, build_model
 from segformer3d.recipe import RecipeError, expanded
-from segformer3d.weights import WeightsError, load_weights, read_pickle
+from segformer3d.weights import load_weights, read_pickle
+from segformer3d.weights_file import WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,10 +1,9 @@
 """Weights: our safetensors files, and the import of other projects' by pure renaming.
 
-A weights file is safetensors with one metadata entry, `segformer3d`: the JSON of `WeightsInfo`.
-Importing maps a foreign state dict to ours, name by name, and is strict both ways. Known are the
-origin project's `.pt`, the `.pth` of the SegFormer authors (NVlabs; Xie et al. 2021, arXiv
-2105.15203) and SegFormer directories of Hugging Face `transformers`. Pickles are only read with
-`weights_only=True`.
+`segformer3d.weights_file` says what a file of ours is. Importing maps a foreign state dict to ours,
+name by name, and is strict both ways. Known are the origin project's `.pt`, the `.pth` of the
+SegFormer authors (NVlabs; Xie et al. 2021, arXiv 2105.15203) and SegFormer directories of Hugging
+Face `transformers`. Pickles are only read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from io import SEEK_END, BytesIO
-from pathlib import Path
+from io import BytesIO
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -39,22 +37,23 @@ from segformer3d.config import (
 )
 from segformer3d.files import replaced_whole
 from segformer3d.model import Segformer3D, build_model
+from segformer3d.weights_file import (
+    METADATA_KEY,
+    WeightsError,
+    check_fit,
+    first_names,
+    local_path,
+    read_info,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from os import PathLike
+    from pathlib import Path
 
-METADATA_KEY = "segformer3d"
 NUM_CITYSCAPES_CLASSES = 19
-NAMES_SHOWN = 3
-HEADER_BYTES_MAX = 100_000_000  # the format's own limit
 UNTRAINED_DEPTH_M = 10.0
 
 State = Mapping[str, Tensor]
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message is one line and says how to mend it."""
 
 
 def weights_to_bytes(model: Segformer3D, info: WeightsInfo, *, half: bool = False) -> bytes:
@@ -81,35 +80,8 @@ def save_weights(
 ) -> None:
     """Write a weights file; it appears under its name whole or not at all."""
     data = weights_to_bytes(model, info, half=half)
-    with replaced_whole(_path(path)) as file:
+    with replaced_whole(local_path(path)) as file:
         file.write(data)
-
-
-def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
-    """Read what a weights file says about itself, without its tensors.
-
-    Raises:
-        WeightsError: It is no weights file of this project.
-        OSError: The file cannot be read.
-    """
-    with BytesIO(source) if isinstance(source, bytes) else _path(source).open("rb") as file:
-        header = _read_header(file)
-        start = file.tell()
-        num_bytes = file.seek(0, SEEK_END) - start
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise WeightsError("damaged, its metadata is no JSON object: fetch it again")
-    entry = metadata.get(METADATA_KEY)
-    if entry is None:
-        raise WeightsError(
-            "a safetensors file of another project: convert its folder with `weights import`"
-        )
-    _check_length(header, num_bytes)
-    try:
-        return WeightsInfo.from_dict(json.loads(entry))
-    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        said = str(error) if isinstance(error, ValueError) else "a part is missing or no such value"
-        raise WeightsError(f"its description cannot be read by this version: {said}") from error
 
 
 def load_weights(source: bytes | str | PathLike[str]) -> Segformer3D:
@@ -119,7 +91,7 @@ def load_weights(source: bytes | str | PathLike[str]) -> Segformer3D:
         WeightsError: It is no weights file of this project, or its tensors do not fit.
         OSError: The file cannot be read.
     """
-    data = source if isinstance(source, bytes) else _path(source).read_bytes()
+    data = source if isinstance(source, bytes) else local_path(source).read_bytes()
     return model_from_bytes(data)[0]
 
 
@@ -131,16 +103,6 @@ def model_from_bytes(data: bytes) -> tuple[Segformer3D, WeightsInfo]:
     """
     info = read_info(data)
     return _fitted_model(info.config, _load_safetensors(data)), info
-
-
-def bundled_path() -> Path:
-    """Return where the weights file of the package lies: MiT-B0, for trying things out."""
-    return Path(__file__).with_name("bundled") / "mit_b0.safetensors"
-
-
-def bundled_weights() -> bytes:
-    """Return the weights file of the package; `weights show` prints its card."""
-    return bundled_path().read_bytes()
 
 
 def untrained_weights(variant: str = "mit_b0", seed: int = 0) -> bytes:
@@ -180,7 +142,7 @@ def import_weights(
         WeightsError: The source is unknown, is another architecture, or does not fit.
         OSError: A file cannot be read.
     """
-    path = _path(source)
+    path = local_path(source)
     try:
         if path.is_dir():
             model, info = _import_huggingface(path)
@@ -212,8 +174,8 @@ def _import_pickle(path: Path) -> tuple[Segformer3D, WeightsInfo]:
         training_data = f"as published by NVlabs SegFormer under {path.name}"
     else:
         raise WeightsError(
-            f"unknown names ({_first(state)}): known are the origin's .pt, NVlabs .pth and Hugging "
-            "Face SegFormer directories (give the directory, not the file in it)"
+            f"unknown names ({first_names(state)}): known are the origin's .pt, NVlabs .pth and "
+            "Hugging Face SegFormer directories (give the directory, not the file in it)"
         )
     config = _infer_config(renamed, patch_norm_eps=1e-5, block_norm_eps=1e-6)
     info = WeightsInfo(
@@ -454,7 +416,7 @@ def _infer_config(state: State, *, patch_norm_eps: float, block_norm_eps: float)
     ]
     fuse = [f"{head}.fuse.weight" for head in heads]
     if missing := [name for name in (*embeddings, *fuse) if name not in state]:
-        raise WeightsError(f"tensors are missing (named as here): {_first(missing)}")
+        raise WeightsError(f"tensors are missing (named as here): {first_names(missing)}")
     num_classes = (
         len(state["segmentation_head.predict.weight"]) if "segmentation_head" in heads else None
     )
@@ -485,22 +447,14 @@ def _fitted_model(config: ModelConfig, state: State) -> Segformer3D:
     except ValueError as error:
         raise WeightsError(str(error)) from error
     expected = model.state_dict()
-    if unexpected := [name for name in state if name not in expected]:
-        raise WeightsError(f"unexpected tensors: {_first(unexpected)}")
-    if missing := [name for name in expected if name not in state]:
-        raise WeightsError(f"tensors are missing (named as here): {_first(missing)}")
-    if misshapen := [name for name in expected if state[name].shape != expected[name].shape]:
-        raise WeightsError(f"tensors of another shape (named as here): {_first(misshapen)}")
+    check_fit(_shapes(state), _shapes(expected))
     cast = {name: value.to(expected[name].dtype) for name, value in state.items()}
     model.load_state_dict(cast, assign=True)
     return model.eval()
 
 
-def _first(names: Iterable[str]) -> str:
-    """List the first few names on one line."""
-    names = list(names)
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+def _shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _load_safetensors(data: bytes) -> dict[str, Tensor]:
@@ -508,32 +462,3 @@ def _load_safetensors(data: bytes) -> dict[str, Tensor]:
         return load_safetensors(data)
     except SafetensorError as error:
         raise WeightsError(f"damaged ({error}): fetch it again") from error
-
-
-def _path(source: str | PathLike[str]) -> Path:
-    path = Path(source)
-    if "\0" in str(path):
-        raise WeightsError(f"not a file name: {str(path)!r}")
-    return path
-
-
-def _read_header(file: BinaryIO) -> dict[str, Any]:
-    """Read the JSON header of a safetensors file: 8 bytes of length, then the JSON."""
-    length = int.from_bytes(file.read(8), "little")
-    try:
-        header = json.loads(file.read(min(length, HEADER_BYTES_MAX)))
-    except (ValueError, RecursionError) as error:
-        raise WeightsError("not a safetensors file: convert it with `weights import`") from error
-    return header if isinstance(header, dict) else {}
-
-
-def _check_length(header: dict[str, Any], num_bytes: int) -> None:
-    """Whether the tensors that a header tells of can be there."""
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    try:
-        end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
-    except (TypeError, ValueError, LookupError) as error:
-        raise WeightsError("damaged, its header is none: fetch it again") from error
-    if end != num_bytes:
-        message = f"damaged, it has {num_bytes} bytes of tensors instead of {end}: fetch it again"
-        raise WeightsError(message)

@@ -101,7 +101,8 @@ def sha256(path):
 
 
 def test_weights_are_fetched_and_imported(hub, published, tmp_path):
-    from segformer3d.weights import load_weights, read_info
+    from segformer3d.weights import load_weights
+    from segformer3d.weights_file import read_info
 
     target = tmp_path / "tiny.safetensors"
     expected = sha256(published / "model.safetensors")

@@ -28,7 +28,8 @@ from pipeline.stages import AnnotateShard, PublishShard, StageContext
 from segformer3d.config import METRIC_DEPTH
 from segformer3d.datasets import DatasetError
 from segformer3d.draw import resize_depth
-from segformer3d.weights import read_info, untrained_weights
+from segformer3d.weights import untrained_weights
+from segformer3d.weights_file import read_info
 from tests.jobs.job_parts import TINY
 from tests.media import encode_cv2, picture, write_video
 

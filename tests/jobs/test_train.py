@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from jobs import cli
-from segformer3d.weights import load_weights, read_info, untrained_weights
+from segformer3d.weights import load_weights, untrained_weights
+from segformer3d.weights_file import read_info
 from tests.integration.cluster import listening
 from tests.segformer3d.training_parts import TINY, write_origin
 

@@ -7,7 +7,8 @@ from segformer3d.datasets import open_dataset
 from segformer3d.evaluation import measure
 from segformer3d.labels import CLASS_NAMES
 from segformer3d.predictor import Predictor
-from segformer3d.weights import bundled_weights, model_from_bytes
+from segformer3d.weights import model_from_bytes
+from segformer3d.weights_file import bundled_weights
 
 SIZE_MAX_BYTES = 20_000_000
 

@@ -14,7 +14,8 @@ from segformer3d.recipe import RecipeError
 from segformer3d.start import starting_model
 from segformer3d.training import DivergedError, Trainer
 from segformer3d.training_log import TrainingLog
-from segformer3d.weights import load_weights, read_info, save_weights
+from segformer3d.weights import load_weights, save_weights
+from segformer3d.weights_file import read_info
 from tests.segformer3d.training_parts import (
     SIDE,
     TINY,

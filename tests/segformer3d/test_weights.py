@@ -34,12 +34,9 @@ from segformer3d.config import (
 )
 from segformer3d.model import build_model
 from segformer3d.weights import (
-    METADATA_KEY,
-    WeightsError,
     import_weights,
     load_weights,
     model_from_bytes,
-    read_info,
     remap_huggingface,
     remap_nvlabs,
     remap_origin,
@@ -47,6 +44,7 @@ from segformer3d.weights import (
     untrained_weights,
     weights_to_bytes,
 )
+from segformer3d.weights_file import METADATA_KEY, WeightsError, read_info
 from tests.golden_tensors import read_golden
 
 TINY = "mit:8,16,40,64:1,2,1,1"
@@ -676,7 +674,7 @@ def test_a_model_is_loaded_without_the_compiler_of_torch():
     program = (
         "import sys, numpy as np\n"
         "from segformer3d import Predictor, model_from_bytes\n"
-        "from segformer3d.weights import bundled_weights\n"
+        "from segformer3d.weights_file import bundled_weights\n"
         "predictor = Predictor(*model_from_bytes(bundled_weights()), device='cpu')\n"
         "predictor.predict(np.zeros((1, 32, 32, 3), np.uint8))\n"
         "heavy = {'torch._dynamo', 'sympy', 'timm', 'torchvision'} & set(sys.modules)\n"
