@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+from jobs.lean_ray import lean_data, lean_start
 from jobs.progress import say
 from jobs.spec import RaySection
 from pipeline.deaths import private_folder
@@ -111,19 +112,19 @@ def connect(settings: RaySection) -> Iterator[Cluster]:
     if named is not None:
         require_token()
     ray = _import_ray()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(ray.shutdown)
         if named is not None:
             _join(_find_cluster(named))
         else:
             _embed(settings)
+            stack.enter_context(lean_data())
         resources = ray.cluster_resources()
         yield Cluster(
             num_cpus=resources.get("CPU", 1.0),
             num_gpus=resources.get("GPU", 0.0),
             embedded=named is None,
         )
-    finally:
-        ray.shutdown()
 
 
 def _named_cluster() -> str | None:
@@ -248,7 +249,7 @@ def _embed(settings: RaySection) -> None:
     _make_token()
     # Loopback only: nobody else's business.
     try:
-        with _quietly(), _literal_loopback(), _own_folder():
+        with _quietly(), _literal_loopback(), _own_folder(), lean_start():
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus,

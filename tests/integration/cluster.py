@@ -220,6 +220,16 @@ def listening(pid: int) -> set[str]:
     return {host for _, host, _ in _listeners(pid)}
 
 
+def commands_below(pid: int) -> set[str]:
+    """The command lines of all descendants of a process."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found.add(" ".join(process.cmdline()))
+    return found
+
+
 def heads(pid: int) -> set[str]:
     """HOST:PORT of all on which a head of Ray's listens that descends from a process."""
     return {f"127.0.0.1:{port}" for name, _, port in _listeners(pid) if name == "gcs_server"}

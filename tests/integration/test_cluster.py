@@ -19,6 +19,7 @@ from jobs.cli import run
 from jobs.cluster import _answer
 from tests.integration.cluster import (
     LoopbackCluster,
+    commands_below,
     free_port,
     heads,
     listening,
@@ -38,6 +39,11 @@ pytestmark = pytest.mark.ray
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 SETTINGS = ("geometry.short_side_px=64", "shard.frames=4")
 END_S = 120.0
+# Parts of Ray that watch or resize a cluster.
+NOT_EMBEDDED = (
+    *("monitor.py", "dashboard.py", "_StatsActor"),
+    *("AutoscalingCoordinator", "ActorLocationTracker"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +72,10 @@ def embedded_rows(archive: Path, weights: Path, tmp_path_factory) -> list[Row]:
     driver = start(run_arguments(job), HOME=str(home))
     heard: set[str] = set()
     answers: set[str] = set()
+    commands: set[str] = set()
     while driver.poll() is None:
         heard |= listening(driver.pid)
+        commands |= commands_below(driver.pid)
         answers |= {_answer(address, with_token=False) for address in heads(driver.pid)}
         time.sleep(1.0)
     assert finish(driver)[0] == 0
@@ -75,6 +83,9 @@ def embedded_rows(archive: Path, weights: Path, tmp_path_factory) -> list[Row]:
     assert heard <= LOOPBACK
     assert "UNAUTHENTICATED" in answers
     assert "OK" not in answers, "that Ray lets in whoever has no token"
+    assert any("_WholeActor" in command for command in commands)
+    idle = [command for command in commands if any(word in command for word in NOT_EMBEDDED)]
+    assert idle == [], "processes that one machine's job has no use for"
     token = home / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o777 == 0o600
     assert len(token.read_text()) == 64
