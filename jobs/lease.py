@@ -5,6 +5,7 @@ rests on the commit records alone, so no clock is trusted and any number of driv
 """
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -226,6 +227,7 @@ def _numbers(store: Store, name: str, *, max_bytes: int | None = None) -> list[i
     return found
 
 
+@functools.cache
 def _pids() -> str:
     """What tells the process ids of this machine or container from those of others, if anything."""
     try:

@@ -45,6 +45,7 @@ SNAPSHOT_SCHEMA = pa.schema(
         pa.field("quarantined", pa.list_(_QUARANTINED), nullable=False),
     ]
 )
+_NOTHING_SEALED = SNAPSHOT_SCHEMA.empty_table()
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def best_snapshot(
             return _parse_snapshot(key, store.read(key), plan_id, num_shards)
         except DamagedError as error:
             on_damage(str(error))
-    return frozenset(), SNAPSHOT_SCHEMA.empty_table()
+    return frozenset(), _NOTHING_SEALED
 
 
 def sealed_records(
@@ -210,7 +211,9 @@ def _parse_snapshot(
         table = parse_parquet(data)
         meta = json.loads(table.schema.metadata[_META])
         ranges, owner = frozenset(int(item) for item in meta["ranges"]), meta["plan_id"]
-        table = table.replace_schema_metadata(None).cast(SNAPSHOT_SCHEMA)
+        table = table.replace_schema_metadata(None)
+        if table.schema != SNAPSHOT_SCHEMA:
+            table = table.cast(SNAPSHOT_SCHEMA)
     except (pa.ArrowException, *DAMAGE) as error:
         raise DamagedError(f"{key}: no snapshot: {one_line(str(error))}") from error
     if owner != plan_id:
