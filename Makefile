@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder \
 		--durations 10
-	$(BIN)/python -m pytest -m "ray and not slow and not gpu" --durations 10
+	$(BIN)/python -m pytest tests/integration -m "ray and not slow and not gpu" --durations 10
 
 check: setup
 	$(BIN)/ruff format --check .

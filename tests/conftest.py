@@ -32,8 +32,16 @@ LONG_FILES = {
 }
 
 
+INTEGRATION = ROOT / "tests" / "integration"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first."""
+    """Put the longest files first, and see to it that ``make test`` finds what starts Ray."""
+    for item in items:
+        is_ray, is_slow = (item.get_closest_marker(name) is not None for name in ("ray", "slow"))
+        if is_ray and not is_slow and INTEGRATION not in item.path.parents:
+            message = f"{item.nodeid}: a test that starts Ray belongs into {INTEGRATION.name}/"
+            raise pytest.UsageError(message)
     items.sort(key=lambda item: item.path not in LONG_FILES)
 
 
