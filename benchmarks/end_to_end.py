@@ -31,8 +31,8 @@ import torch
 
 from benchmarks.job import SIZE, make_archive, planned, rate_after, run_job
 from benchmarks.model import machine
-from pipeline.records import AnnotatedShard, DecodedShard, ShardReceipt
 from pipeline.stages import AnnotateShard, DecodeShard, PublishShard
+from pipeline.tables import AnnotatedShard, DecodedShard, ShardReceipt
 from segformer3d.gpu_lanes import CALLS_TO_RECORD
 from segformer3d.weights import untrained_weights
 from segformer3d.weights_file import bundled_weights

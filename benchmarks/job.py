@@ -36,9 +36,9 @@ from benchmarks.model import machine
 from jobs.planner import Planner, make_plan, open_output
 from jobs.spec import check_spec
 from pipeline.layout import Generation
-from pipeline.records import AnnotatedShard, DecodedShard
 from pipeline.stages import AnnotateShard, DecodeShard, PublishShard, StageContext
 from pipeline.storage import StorageOptions, open_store
+from pipeline.tables import AnnotatedShard, DecodedShard
 from segformer3d.scenes import make_drive, render
 from segformer3d.weights_file import bundled_weights
 

@@ -12,9 +12,10 @@ from jobs.resources import resources_for
 from jobs.spec import JobSpec
 from pipeline.decode import decode_shard
 from pipeline.layout import Generation
-from pipeline.records import AnnotatedShard, DecodedShard, ShardSpec, Slice
+from pipeline.records import ShardSpec, Slice
 from pipeline.sinks.parquet import encode_shard
 from pipeline.stages import AnnotateShard, StageContext
+from pipeline.tables import AnnotatedShard, DecodedShard
 
 _SAMPLE_FRAMES = 2
 

@@ -17,9 +17,10 @@ from jobs.plan import Plan, PlanPart, read_plan
 from pipeline.errors import DAMAGE, JobError
 from pipeline.layout import Generation
 from pipeline.pinned import read_pinned
-from pipeline.records import CommitRecord, ShardSpec, shards_from_table
+from pipeline.records import CommitRecord, ShardSpec
 from pipeline.sinks.parquet import parse_parquet
 from pipeline.storage import Store
+from pipeline.tables import shards_from_table
 
 UNOPENABLE = -1
 

@@ -26,7 +26,7 @@ from pipeline.decode import probe_assets
 from pipeline.errors import InputError, JobError, UserError
 from pipeline.geometry import Geometry, input_size
 from pipeline.layout import JOB_KEY, PNG_PREFIX, SHARDS_PER_RANGE, Generation
-from pipeline.records import Asset, AssetKind, ShardSpec, Slice, canonical_json, shards_to_table
+from pipeline.records import Asset, AssetKind, ShardSpec, Slice, canonical_json
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.listing import asset_kind, is_hidden, is_tar, list_assets
 from pipeline.sources.slicing import SMALL_SLICE_FRAMES, Sampling, slice_asset
@@ -38,6 +38,7 @@ from pipeline.storage import (
     open_store,
     unescape_path,
 )
+from pipeline.tables import shards_to_table
 
 # Rows that are known to be errors have no pixels; their shards need some size all the same.
 _NO_PIXELS_SIZE = (32, 32)

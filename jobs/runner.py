@@ -35,8 +35,8 @@ from jobs.spec import JobSpec, RaySection
 from jobs.stage_times import StageTimes, busy_line
 from pipeline.errors import JobError, StorageError
 from pipeline.layout import SHARDS_PER_RANGE, shard_of
-from pipeline.records import ShardReceipt
 from pipeline.storage import StorageOptions
+from pipeline.tables import ShardReceipt
 
 if TYPE_CHECKING:
     from pipeline.graph import PendingPart

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.records import ShardReceipt
+from pipeline.tables import ShardReceipt
 
 
 @dataclass(kw_only=True)

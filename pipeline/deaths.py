@@ -38,8 +38,9 @@ import numpy as np
 
 from pipeline.errors import ErrorKind
 from pipeline.layout import DeathPlace, Generation, death_of, decode_death_of
-from pipeline.records import DecodedShard, canonical_json
+from pipeline.records import canonical_json
 from pipeline.storage import Store
+from pipeline.tables import DecodedShard
 
 MAX_FRAME_DEATHS = 2
 MAX_SHARD_DEATHS = 3

@@ -17,9 +17,10 @@ from pipeline.decode_messages import Request
 from pipeline.decode_process import DecodeProcess, abandon_all
 from pipeline.errors import ErrorKind, JobError, UserError
 from pipeline.pixel_memory import PixelPool
-from pipeline.records import Asset, DecodedShard, ShardSpec
+from pipeline.records import Asset, ShardSpec
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.storage import StorageOptions
+from pipeline.tables import DecodedShard
 
 __all__ = ["DecodeLimits", "DecodeWorker", "Tally", "decode_shard", "probe_asset", "probe_assets"]
 

@@ -6,10 +6,11 @@ from fractions import Fraction
 
 from pipeline.decode_messages import DecodeItem, DecodeRequest, Event, ProbeRequest
 from pipeline.errors import ERROR_KINDS, ErrorKind, one_line
-from pipeline.records import Asset, DecodedShard, FrameRecord, ShardSpec, Slice, UInt8Array
+from pipeline.records import Asset, FrameRecord, ShardSpec, Slice, UInt8Array
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.sources.capture import Capture
 from pipeline.storage import StorageOptions
+from pipeline.tables import DecodedShard
 
 _MAX_MESSAGE_CHARS = 500
 _INT64 = 1 << 63

@@ -22,7 +22,6 @@ import ray.data
 from pipeline.deaths import Journal
 from pipeline.errors import JobError
 from pipeline.pinned import DamagedError, read_pinned
-from pipeline.records import ShardReceipt
 from pipeline.sinks.parquet import parse_parquet
 from pipeline.stages import (
     AnnotateShard,
@@ -35,6 +34,7 @@ from pipeline.stages import (
     make_pngs,
 )
 from pipeline.storage import Store
+from pipeline.tables import ShardReceipt
 
 # Decode and publish are short beside the model, and all of them must fit beside the actors: if
 # decode could take everything that these leave, nothing would be published, so nothing committed,

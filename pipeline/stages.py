@@ -19,21 +19,18 @@ from pipeline.deaths import Deaths, DecodeTally, Journal, spare
 from pipeline.decode import DecodeLimits, decode_shard
 from pipeline.errors import ErrorKind
 from pipeline.layout import DeathPlace, Generation, cancel_key
-from pipeline.records import (
-    RECEIPT_SCHEMA,
-    AnnotatedShard,
-    Certainty,
-    DecodedShard,
-    FrameRecord,
-    ShardReceipt,
-    UInt8Array,
-    UInt16Array,
-    shards_from_table,
-)
+from pipeline.records import Certainty, FrameRecord, UInt8Array, UInt16Array
 from pipeline.sinks.parquet import encode_shard
 from pipeline.sinks.png import write_png_tree
 from pipeline.statistics import certainty_of
 from pipeline.storage import StorageOptions, Store, open_store
+from pipeline.tables import (
+    RECEIPT_SCHEMA,
+    AnnotatedShard,
+    DecodedShard,
+    ShardReceipt,
+    shards_from_table,
+)
 
 if TYPE_CHECKING:
     from segformer3d.predictor import Predictions

@@ -5,9 +5,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from pipeline.decode import DecodeLimits
-from pipeline.records import AnnotatedShard, Certainty, DecodedShard, FrameRecord
+from pipeline.records import Certainty, FrameRecord
 from pipeline.stages import StageContext
 from pipeline.storage import StorageOptions, Store
+from pipeline.tables import AnnotatedShard, DecodedShard
 from segformer3d.config import METRIC_DEPTH
 
 SIZE = (96, 64)

@@ -14,8 +14,9 @@ import xxhash
 
 from pipeline.encode import encode_png, resize_depth_codes
 from pipeline.errors import DAMAGE
-from pipeline.records import AnnotatedShard, FrameRecord
+from pipeline.records import FrameRecord
 from pipeline.statistics import frame_statistics
+from pipeline.tables import AnnotatedShard
 from segformer3d.config import DepthCodec
 from segformer3d.labels import NUM_CLASSES
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline import graph
-from pipeline.records import AnnotatedShard, DecodedShard, shards_from_table
 from pipeline.stages import DecodeShard, PublishShard, StageContext
+from pipeline.tables import AnnotatedShard, DecodedShard, shards_from_table
 
 TRACE_FOLDER = "SEGFORMER3D_TRACE_FOLDER"
 

@@ -26,9 +26,9 @@ from jobs.plan import read_plan
 from jobs.record import read_job
 from pipeline import graph
 from pipeline.graph import PendingPart
-from pipeline.records import ShardReceipt, shards_from_table
 from pipeline.stages import PublishShard, StageContext, is_draining, make_pngs
 from pipeline.storage import StorageOptions, open_store
+from pipeline.tables import ShardReceipt, shards_from_table
 from tests.jobs.job_parts import Job
 
 _LONGEST_SHARD_S = 0.05

@@ -14,9 +14,10 @@ from jobs.record import JobRecord, claim_output
 from jobs.spec import JobSpec, check_spec
 from pipeline.decode import DecodeLimits
 from pipeline.layout import Generation
-from pipeline.records import AnnotatedShard, FrameRecord, ShardReceipt, ShardSpec
+from pipeline.records import FrameRecord, ShardSpec
 from pipeline.stages import PublishShard, StageContext
 from pipeline.storage import StorageOptions, Store
+from pipeline.tables import AnnotatedShard, ShardReceipt
 from segformer3d.weights import untrained_weights
 from tests.media import encode_cv2, picture
 from tests.shards import annotated_shard

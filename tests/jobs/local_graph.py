@@ -25,17 +25,11 @@ from jobs.planner import Planner
 from jobs.spec import JobSpec, RaySection
 from pipeline import graph
 from pipeline.graph import PendingPart, Resources, WeightsFile
-from pipeline.records import (
-    AnnotatedShard,
-    Asset,
-    Certainty,
-    DecodedShard,
-    ShardReceipt,
-    ShardSpec,
-)
+from pipeline.records import Asset, Certainty, ShardSpec
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.stages import DecodeShard, PublishShard, StageContext
 from pipeline.storage import StorageOptions
+from pipeline.tables import AnnotatedShard, DecodedShard, ShardReceipt
 from segformer3d.config import METRIC_DEPTH
 
 SHARDS_PER_RANGE = 3

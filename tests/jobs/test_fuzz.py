@@ -23,15 +23,9 @@ from pipeline import decode, decode_process
 from pipeline.decode import decode_shard
 from pipeline.errors import ERROR_KINDS
 from pipeline.geometry import resize
-from pipeline.records import (
-    AnnotatedShard,
-    Certainty,
-    DecodedShard,
-    ShardSpec,
-    shards_from_table,
-    shards_to_table,
-)
+from pipeline.records import Certainty, ShardSpec
 from pipeline.sinks.parquet import encode_shard, frame_id, read_rows
+from pipeline.tables import AnnotatedShard, DecodedShard, shards_from_table, shards_to_table
 from tests.budget import Share, never
 from tests.hostile_media import make_corpus, make_mutant
 from tests.media import encode_image, picture, read_sequentially, write_video

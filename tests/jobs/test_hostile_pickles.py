@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from jobs import cli
-from pipeline.records import shards_from_table
 from pipeline.sinks.parquet import read_rows
+from pipeline.tables import shards_from_table
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY, make_job
 from tests.media import encode_cv2, picture

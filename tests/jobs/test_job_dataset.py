@@ -22,9 +22,10 @@ from pipeline.decode import decode_shard
 from pipeline.encode import decode_class_ids, decode_depth
 from pipeline.errors import UserError
 from pipeline.layout import Generation
-from pipeline.records import PLAN_SCHEMA, AnnotatedShard, Certainty, shards_from_table
+from pipeline.records import Certainty
 from pipeline.sinks.parquet import parse_parquet, read_rows
 from pipeline.stages import AnnotateShard, PublishShard, StageContext
+from pipeline.tables import PLAN_SCHEMA, AnnotatedShard, shards_from_table
 from segformer3d.config import METRIC_DEPTH
 from segformer3d.datasets import DatasetError
 from segformer3d.draw import resize_depth

@@ -15,9 +15,10 @@ from jobs.planner import Planner
 from jobs.spec import check_spec
 from pipeline.decode import decode_shard, probe_assets
 from pipeline.errors import UserError
-from pipeline.records import Asset, DecodedShard, ShardSpec
+from pipeline.records import Asset, ShardSpec
 from pipeline.sources.assets import AssetProbe
 from pipeline.storage import StorageOptions, open_store
+from pipeline.tables import DecodedShard
 from tests.budget import Share
 from tests.fault_proxy import FAULTS, Fault, FaultProxy, run_fault_proxy
 from tests.jobs import crash_points

@@ -1,5 +1,5 @@
 from jobs.stage_times import StageTimes, busy_line
-from pipeline.records import ShardReceipt
+from pipeline.tables import ShardReceipt
 
 
 def receipt(decode_s, annotate_s, publish_s):

@@ -11,9 +11,9 @@ import torch
 
 from pipeline.deaths import Deaths, Journal, spare
 from pipeline.layout import Generation, death_of
-from pipeline.records import AnnotatedShard
 from pipeline.stages import AnnotateShard
 from pipeline.storage import open_store
+from pipeline.tables import AnnotatedShard
 from segformer3d.weights import untrained_weights
 from tests.jobs.job_parts import TINY
 from tests.predictions import assert_same_class_ids

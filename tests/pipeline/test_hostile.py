@@ -15,7 +15,7 @@ from pipeline.decode import DecodeLimits, DecodeWorker
 from pipeline.errors import InputError
 from pipeline.geometry import resize
 from pipeline.layout import Generation
-from pipeline.records import Asset, DecodedShard, ShardSpec, Slice, shards_to_table
+from pipeline.records import Asset, ShardSpec, Slice
 from pipeline.sources import video
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import slice_asset
@@ -23,6 +23,7 @@ from pipeline.sources.video import probe_video
 from pipeline.stages import DecodeShard
 from pipeline.storage import open_store
 from pipeline.storage.local import LocalStore
+from pipeline.tables import DecodedShard, shards_to_table
 from tests.media import encode_image, picture, write_video
 from tests.shards import stage_context
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from pipeline.records import AnnotatedShard, Certainty, FrameRecord
+from pipeline.records import Certainty, FrameRecord
 from pipeline.sinks.parquet import encode_shard, read_rows
 from pipeline.statistics import NUM_CLASSES, class_fraction, depth_percentiles
+from pipeline.tables import AnnotatedShard
 from segformer3d.config import METRIC_DEPTH, DepthCodec
 
 

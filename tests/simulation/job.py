@@ -43,16 +43,10 @@ from pipeline.layout import (
     cancel_key,
 )
 from pipeline.pinned import DamagedError
-from pipeline.records import (
-    AnnotatedShard,
-    CommitRecord,
-    FrameRecord,
-    ShardReceipt,
-    ShardSpec,
-    canonical_json,
-)
+from pipeline.records import CommitRecord, FrameRecord, ShardSpec, canonical_json
 from pipeline.sinks.parquet import parse_parquet
 from pipeline.storage import Store
+from pipeline.tables import AnnotatedShard, ShardReceipt
 from tests.simulation.world import Client, Process, World
 from tests.virtual_store import Request
 
