@@ -21,7 +21,6 @@ from pipeline.urls import (
     check_file_url,
     check_scheme,
 )
-from pipeline.web import read_web
 
 if TYPE_CHECKING:
     from pipeline.storage.s3 import S3Store
@@ -88,6 +87,8 @@ def read_file(url: str, options: StorageOptions | None = None, *, max_web_bytes:
     """
     check_file_url(url)
     if url.partition("://")[0] in WEB_SCHEMES:
+        from pipeline.web import read_web  # TLS and HTTP cost decoding children 20 ms
+
         return read_web(url, max_web_bytes)
     path = local_path(url)
     if path is not None:
