@@ -4,7 +4,8 @@ import logging
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from io import BytesIO
 from typing import Any
 
@@ -19,7 +20,11 @@ Image.MAX_IMAGE_PIXELS = None
 # Pillow's own reader of uncompressed TIFFs mixes up planes of 16 bits and takes YCbCr for RGB.
 TiffImagePlugin.READ_LIBTIFF = True
 
-Image.init()
+# All that ``images`` asks for, before any file is read. Image.init() would import thirty more.
+Image.preinit()
+for _name in ("Avif", "Jpeg2K", "Mpo", "Sun", "WebP"):
+    with suppress(ImportError):  # as init() does: not every Pillow has them all
+        import_module(f"PIL.{_name}ImagePlugin")
 # What it logs of hostile headers would go to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
