@@ -15,13 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from io import SEEK_END
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
-import av
 import cv2
 
 from pipeline.decode_messages import (
@@ -44,13 +43,10 @@ from pipeline.errors import (
 )
 from pipeline.geometry import UInt8Array, resize
 from pipeline.pixel_memory import SeenMemory
-from pipeline.records import Asset, Slice
+from pipeline.records import Asset, AssetKind, Slice
 from pipeline.sources.assets import AssetProbe, DecodeLimits, check_pixels
 from pipeline.sources.images import HEAD_BYTES, decode_image, read_header
 from pipeline.sources.tar import probe_tar
-from pipeline.sources.video import probe_video
-from pipeline.sources.video_file import quiet_ffmpeg
-from pipeline.sources.video_frames import read_frames
 from pipeline.storage import Store, open_store, open_window, unescape_path
 
 _PREFETCH_THREADS = 8
@@ -97,8 +93,6 @@ def _confine(memory_bytes: int) -> None:
     # Not RLIMIT_AS, which would count what allocators and thread pools reserve but never touch.
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     cv2.setNumThreads(1)
-    # Kept at errors, which then come with exceptions, but printed nowhere.
-    quiet_ffmpeg()
 
 
 def _listen(channel: socket.socket, requests: SimpleQueue[tuple[Request, int | None]]) -> None:
@@ -166,8 +160,28 @@ class _Prefetch:
         )
 
 
+def _prepare(kinds: set[AssetKind], pulse: _Pulse) -> None:
+    """Import what only some inputs need, before any of them is begun.
+
+    If there is too little memory left for that, the child dies of none of them, and a fresh one has
+    enough.
+    """
+    if "video" in kinds:
+        _import_ffmpeg()
+        pulse.emit(["alive"])
+
+
+@cache
+def _import_ffmpeg() -> None:
+    from pipeline.sources import video, video_file, video_frames  # noqa: F401 - used further down
+
+    # Kept at errors, which then come with exceptions, but printed nowhere.
+    video_file.quiet_ffmpeg()
+
+
 def decode_items(request: DecodeRequest, pixels: UInt8Array, pulse: _Pulse) -> None:
     """Decode a request's frames into ``pixels`` ``(slots, h, w, 3)`` and tell of each."""
+    _prepare({item.part.kind for item in request.items}, pulse)
     store = open_store(request.root, request.storage)
     images = [item.part for item in request.items if item.part.kind == "image"]
     files = _Prefetch(
@@ -253,6 +267,8 @@ def _open(store: Store, where: Asset | Slice) -> BinaryIO:
 def _read_video(
     item: DecodeItem, store: Store, limits: DecodeLimits, pulse: _Pulse
 ) -> Iterator[Outcome]:
+    from pipeline.sources.video_frames import read_frames
+
     part = item.part
     with _open(store, part) as file:
         _check_unchanged(part, file.seek(0, SEEK_END), store.fingerprint(unescape_path(part.file)))
@@ -285,6 +301,7 @@ def _check_size(part: Slice, size: tuple[int, int]) -> None:
 
 
 def _probe(request: ProbeRequest, pulse: _Pulse) -> None:
+    _prepare({asset.kind for asset in request.assets}, pulse)
     store = open_store(request.root, request.storage)
     images = [asset for asset in request.assets if asset.kind == "image"]
     heads = _Prefetch(
@@ -339,6 +356,8 @@ def _probe_image(
 
 
 def _probe_video(store: Store, asset: Asset, limits: DecodeLimits, pulse: _Pulse) -> AssetProbe:
+    from pipeline.sources.video import probe_video
+
     with _open(store, asset) as file:
         return probe_video(file, asset, limits, pulse.beat)
 
@@ -360,9 +379,15 @@ def _typed(error: Exception) -> tuple[ErrorKind, str]:
     if isinstance(error, MemoryError) or is_cv2_memory:
         return "out_of_memory", "decoding needs more memory than the limit"
     for kind, classes in _STORAGE_KINDS:
-        if isinstance(error, classes) and not isinstance(error, av.FFmpegError):
+        if isinstance(error, classes) and not _is_ffmpeg(error):
             return kind, str(error)
     return "corrupt", f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _is_ffmpeg(error: Exception) -> bool:
+    """Whether it is FFmpeg's, which has its own ``OSError``."""
+    av = sys.modules.get("av")
+    return av is not None and isinstance(error, av.FFmpegError)
 
 
 _STORAGE_KINDS: tuple[tuple[ErrorKind, tuple[type[Exception], ...]], ...] = (

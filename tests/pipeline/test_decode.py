@@ -300,9 +300,15 @@ import os, signal, sys, time
 if "pipeline.decode_child" in sys.orig_argv:
     import cv2
     from pathlib import Path
-    imdecode = cv2.imdecode
+    imdecode, hoard = cv2.imdecode, []
     def trapped(buffer, flags):
         data = buffer.tobytes()
+        if b"HOARD" in data:
+            try:
+                while True:
+                    hoard.append(bytearray(1 << 20))
+            except MemoryError:
+                del hoard[-4:]
         if b"CRASH" in data:
             os.kill(os.getpid(), signal.SIGSEGV)
         if b"ONCE" in data and not Path(__file__).with_name("crashed").exists():
@@ -363,6 +369,19 @@ def test_what_an_input_does_to_the_child_is_its_own_affair(tmp_path, traps, word
     assert np.array_equal(decoded.pixels[0], resize(picture(), SIZE))
     if word == b"CRASH":
         assert "SIGSEGV" in decoded.frames[1].error
+
+
+def test_a_child_without_the_memory_to_read_videos_is_replaced(tmp_path, traps):
+    write_video(tmp_path / "a.mp4", num_frames=5)
+    limits = DecodeLimits(memory_bytes=512 << 20)
+    with DecodeWorker(limits) as worker:
+        (video,) = slices_of(tmp_path, worker)
+    hoarder = trap(tmp_path, "b.png", b"HOARD")
+    with DecodeWorker(limits) as worker:
+        assert kinds(worker.decode_shard(shard(tmp_path, [hoarder]))) == [None]
+        first = worker.pid
+        assert kinds(worker.decode_shard(shard(tmp_path, [video]))) == [None] * 5
+        assert worker.pid != first
 
 
 def test_a_video_of_several_slices_is_tried_three_times_in_all(tmp_path, traps):
@@ -496,3 +515,20 @@ def test_a_forked_process_gets_a_child_of_its_own():
 def test_the_parent_imports_no_decoder():
     code = "import sys, pipeline.decode; print({'av', 'PIL', 'torch', 'ray'} & set(sys.modules))"
     assert run_python(code).stdout.strip() == "set()"
+
+
+def test_a_fresh_child_has_imported_all_that_images_need_and_no_more(tmp_path):
+    for format in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"):
+        (tmp_path / format).write_bytes(encode_image(picture(), format))
+    code = f"""
+    import sys, pipeline.decode_child
+    from pathlib import Path
+    from pipeline.sources.assets import DecodeLimits
+    from pipeline.sources.images import decode_image
+    fresh = set(sys.modules)
+    for path in Path({str(tmp_path)!r}).iterdir():
+        decode_image(path.read_bytes(), DecodeLimits())
+    heavy = {{"av", "boto3", "http", "obstore", "pyarrow", "pydantic", "ray", "ssl", "torch"}}
+    print(heavy & fresh, set(sys.modules) - fresh, "PIL.PdfImagePlugin" in fresh)
+    """
+    assert run_python(code).stdout.strip() == "set() set() False"
