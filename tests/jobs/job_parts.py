@@ -1,5 +1,6 @@
 """A job without Ray: planned for real, published for real, annotated with made-up class ids."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,12 @@ class Job:
         )
 
 
+@functools.cache
+def tiny_weights() -> bytes:
+    """The smallest network that has all parts, made once."""
+    return untrained_weights(TINY)
+
+
 def make_job(
     folder: Path,
     *,
@@ -123,7 +130,7 @@ def where(url: str) -> str:
 def plan_job(spec: JobSpec) -> Job:
     """A job of that spec, claimed and planned, wherever its output is."""
     store = open_output(spec)
-    weights = untrained_weights(TINY)
+    weights = tiny_weights()
     record = claim_output(store, make_record(spec, weights), single_driver=False)
     store.put(record.weights_key, weights)
     plan = make_plan(store, Generation(), Planner(spec))

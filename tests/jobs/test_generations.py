@@ -20,7 +20,7 @@ from pipeline.layout import Generation, attempt_of
 from pipeline.stages import make_pngs
 from pipeline.storage import StorageOptions, open_store
 from pipeline.storage.local import LocalStore
-from tests.jobs.job_parts import TINY, where
+from tests.jobs.job_parts import tiny_weights, where
 from tests.jobs.local_graph import without_ray
 from tests.media import encode_image, picture, tar_of, write_video
 
@@ -51,9 +51,7 @@ def still(seed):
 def call(tmp_path, capsys):
     """The real command line, over a plain loop instead of Ray."""
     weights = tmp_path / "weights.safetensors"
-    from segformer3d.weights import untrained_weights
-
-    weights.write_bytes(untrained_weights(TINY))
+    weights.write_bytes(tiny_weights())
     with without_ray():
         yield lambda *arguments: said(capsys, cli.run([str(item) for item in arguments]))
 

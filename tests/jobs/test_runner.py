@@ -33,14 +33,14 @@ from pipeline.layout import Generation, heartbeat_key
 from pipeline.records import canonical_json
 from pipeline.storage import StorageOptions, open_store
 from segformer3d.weights import untrained_weights
-from tests.jobs.job_parts import TINY, make_job
+from tests.jobs.job_parts import TINY, make_job, tiny_weights
 
 
 @pytest.fixture
 def spec(tmp_path):
     archive = make_job(tmp_path / "other").spec.input.url
     weights = tmp_path / "tiny.safetensors"
-    weights.write_bytes(untrained_weights(TINY))
+    weights.write_bytes(tiny_weights())
     fields = {
         "input": {"url": archive},
         "output": {"url": str(tmp_path / "job")},
@@ -54,7 +54,7 @@ def test_a_job_holds_its_own_weights(spec, tmp_path):
     (tmp_path / "tiny.safetensors").unlink()
     again = reopen_job(job.store.url, StorageOptions())
     assert again.record == job.record
-    assert again.store.read(again.record.weights_key) == untrained_weights(TINY)
+    assert again.store.read(again.record.weights_key) == tiny_weights()
 
 
 def test_weights_that_were_never_left_there_are_fetched_again(spec):
