@@ -127,6 +127,7 @@ def make_record(spec: JobSpec, weights: bytes) -> JobRecord:
     try:
         info = check_weights(weights)
         if info.config.timm_name:
+            # Else a driver needs no torch, which would take it two seconds and half a gigabyte.
             _check_by_torch(weights)
     except WeightsError as error:
         message = f"weights {spec.model.weights}: {error}"
@@ -146,7 +147,7 @@ def make_record(spec: JobSpec, weights: bytes) -> JobRecord:
 
 
 def _check_by_torch(weights: bytes) -> None:
-    """Torch takes two seconds and half a gigabyte of a driver, which needs it for nothing else."""
+    """As loading would: what layers an encoder of timm's has, only torch can tell."""
     from segformer3d.weights import model_from_bytes
 
     model_from_bytes(weights)

@@ -113,12 +113,14 @@ def connect(settings: RaySection) -> Iterator[Cluster]:
         require_token()
     ray = _import_ray()
     with contextlib.ExitStack() as stack:
+        if named is None:
+            # Until Ray is gone: Ray Data's threads may outlive what is read of them.
+            stack.enter_context(lean_data())
         stack.callback(ray.shutdown)
         if named is not None:
             _join(_find_cluster(named))
         else:
             _embed(settings)
-            stack.enter_context(lean_data())
         resources = ray.cluster_resources()
         yield Cluster(
             num_cpus=resources.get("CPU", 1.0),

@@ -4,8 +4,8 @@ One machine's job needs Ray's directory, its scheduler with two agents, and the 
 besides a monitor for the autoscaler, one for logs, a server for a dashboard without pages, and, as
 actors, Ray Data's statistics, its share of an autoscaled cluster and where its actors are: six more
 Python processes of 80 to 190 MB each, whose imports are a fifth of what a small job takes on two
-cores. Ray 2.60 has no setting for them, so its own parts are replaced by name; on a cluster of the
-user's nothing is.
+cores. Ray 2.60 has no setting for them, so its own parts are replaced by name in the driver; on a
+cluster of the user's nothing is.
 """
 
 import contextlib
@@ -67,7 +67,19 @@ def _replaced(owner: Any, name: str, ours: Any) -> Iterator[None]:
 
 
 def _start_no_api_server(node: Any, **_: object) -> None:
+    """Leave only an address there, at which nobody listens.
+
+    Without one, Ray's agent and Ray Train's workers ask for it again and again.
+    """
+    from ray._private import ray_constants
+
     node._webui_url = None
+    node.get_gcs_client().internal_kv_put(
+        ray_constants.DASHBOARD_ADDRESS.encode(),
+        b"127.0.0.1:0",
+        True,
+        namespace=ray_constants.KV_NAMESPACE_DASHBOARD,
+    )
 
 
 def _ignore(*_: object, **__: object) -> None:

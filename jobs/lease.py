@@ -227,14 +227,18 @@ def _numbers(store: Store, name: str, *, max_bytes: int | None = None) -> list[i
     return found
 
 
-@functools.cache
 def _pids() -> str:
     """What tells the process ids of this machine or container from those of others, if anything."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+        return _pids_of_this_process()
     except OSError:
         return ""
+
+
+@functools.cache
+def _pids_of_this_process() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def _process_exists(pid: int) -> bool:

@@ -462,3 +462,5 @@ def _load_safetensors(data: bytes) -> dict[str, Tensor]:
         return load_safetensors(data)
     except SafetensorError as error:
         raise WeightsError(f"damaged ({error}): fetch it again") from error
+    except KeyError as error:
+        raise WeightsError(f"tensors of type {error}, which torch cannot read") from error

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "segformer3d"
 NAMES_SHOWN = 3
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
 HEADER_BYTES_MAX = 100_000_000  # the format's own limit
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -50,7 +51,7 @@ def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
         raise WeightsError(
             "a safetensors file of another project: convert its folder with `weights import`"
         )
-    _check_length(header, num_bytes)
+    _check_tensors(header, num_bytes)
     try:
         return WeightsInfo.from_dict(json.loads(entry))
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
@@ -124,13 +125,17 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def _check_length(header: dict[str, Any], num_bytes: int) -> None:
-    """Whether the tensors that a header tells of can be there."""
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+def _check_tensors(header: dict[str, Any], num_bytes: int) -> None:
+    """Whether the tensors that a header tells of can be there, and a network can be of them."""
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     try:
-        end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
-    except (TypeError, ValueError, LookupError) as error:
+        end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+        odd = sorted(name for name, entry in tensors.items() if entry["dtype"] not in DTYPES)
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise WeightsError("damaged, its header is none: fetch it again") from error
     if end != num_bytes:
         message = f"damaged, it has {num_bytes} bytes of tensors instead of {end}: fetch it again"
         raise WeightsError(message)
+    if odd:
+        # Some of them torch cannot read.
+        raise WeightsError(f"tensors of other types than {', '.join(DTYPES)}: {first_names(odd)}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import ray.data  # noqa: F401  as wherever a Ray is started
@@ -39,10 +40,14 @@ def test_ray_still_starts_what_is_left_out_by_these_names() -> None:
     """Were they called otherwise in another Ray, leaving them out would go unnoticed."""
     with lean_start():
         lean = parameter.RayParams(num_cpus=1)
-        node = Node.__new__(Node)
+        node, told = Node.__new__(Node), []
+        node.get_gcs_client = lambda: SimpleNamespace(
+            internal_kv_put=lambda *a, **_: told.append(a)
+        )
         node.start_api_server(include_dashboard=False, raise_on_failure=False)
     assert (lean.no_monitor, lean.include_log_monitor, lean.num_cpus) == (True, False, 1)
     assert node._webui_url is None
+    assert told == [(b"dashboard", b"127.0.0.1:0", True)]
     usual = parameter.RayParams(num_cpus=1)
     assert (usual.no_monitor, usual.include_log_monitor) == (False, None)
 

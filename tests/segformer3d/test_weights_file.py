@@ -1,6 +1,7 @@
 """What is told of a weights file without torch is what torch would say."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -55,6 +56,9 @@ def test_bad_files_are_refused_as_by_torch():
             state, replace(info, config=replace(info.config, has_depth=False), depth_codec=None)
         ),
         with_header(whole, lambda header: header[name].update(dtype="F63")),
+        with_header(whole, lambda header: header[name].update(dtype=["F32"])),
+        with_header(whole, lambda header: header[name].update(dtype="F4", shape=[128])),
+        with_header(whole, lambda header: header[name].update(data_offsets=[0, math.inf])),
         with_header(whole, lambda header: header[name].update(shape=[3])),
         with_header(whole, lambda header: header[name].update(data_offsets=[0, 64])),
         with_header(whole, lambda header: header[name].pop("dtype")),
