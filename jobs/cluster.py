@@ -5,10 +5,8 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import sysconfig
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import Any, cast
 
 from jobs.lean_ray import lean_data, lean_start
 from jobs.progress import say
+from jobs.ray_watch import watch_cluster, watch_embedded
 from jobs.spec import RaySection
 from pipeline.deaths import private_folder
 from pipeline.errors import JobError, UserError
@@ -34,14 +33,9 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own choice  # nosec B108
 # A socket's path has 107 bytes, and what Ray adds 65.
 _RAY_FOLDER_BYTES = 42
 _IDLE_WORKER_MS = "600000"
-_GRACE_S = 3.0
 _ANSWER_S = 5.0
 _RAYLET_S = 10.0
-_HEAD_CHECK_S = 5.0
-# A head that is restarted may come back; after 60 s without one Ray ends its drivers wordlessly.
-_HEAD_GONE_S = 40.0
 _NEWS_CHARS = 200
-_EXIT_INTERRUPTED = 130
 _AUTH_HELP = (
     "set RAY_AUTH_MODE=token on every node and here (`ray get-auth-token --generate` makes a token)"
 )
@@ -223,7 +217,7 @@ def _join(address: str) -> None:
     except (ConnectionError, RuntimeError) as error:
         message = f"the Ray cluster at {address}: {_first_line(error.__cause__ or error)}"
         raise JobError(message) from None
-    _watch_cluster(address)
+    watch_cluster(address, lambda: _answer(address, with_token=True))
 
 
 def _await_raylet(address: str) -> None:
@@ -267,7 +261,7 @@ def _embed(settings: RaySection) -> None:
         # On a machine that is very busy Ray gives up with a bare Exception.
         message = f"Ray does not start: {_first_line(error)}; go on with `segformer3d resume`"
         raise JobError(message) from error
-    threading.Thread(target=_watch_daemons, name="ray-watch", daemon=True).start()
+    watch_embedded()
 
 
 def object_store_bytes(num_cpus: int, *, has_gpu: bool) -> int:
@@ -335,87 +329,6 @@ def _literal_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = kept
-
-
-def _watch_cluster(address: str) -> None:
-    """End this process with a clear line if what it needs of the cluster is gone for good.
-
-    Ray ends a driver without a word when its own node's raylet dies, and a minute after the head.
-    """
-    from ray._private import worker
-
-    for watch, argument in (
-        (_watch_raylet, worker._global_node.raylet_socket_name),
-        (_watch_head, address),
-    ):
-        threading.Thread(target=watch, args=(argument,), name="ray-watch", daemon=True).start()
-
-
-def _watch_raylet(path: str) -> None:
-    from ray._private import worker
-
-    while worker._global_node is not None:
-        if not _await_close(path):
-            _stop_at_once("this machine's Ray node was stopped")
-        time.sleep(0.05)
-
-
-def _await_close(path: str) -> bool:
-    """Wait until who listens on a Unix socket hangs up; says whether anybody listened at all.
-
-    Looking now and then would be too late: Ray looks as well, and it is a race against its silence.
-    """
-    with socket.socket(socket.AF_UNIX) as line:
-        try:
-            line.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:
-            # Busy, for one: only who is surely gone is taken for gone.
-            return True
-        with contextlib.suppress(OSError):
-            line.recv(1)
-    return True
-
-
-def _watch_head(address: str) -> None:
-    from ray._private import worker
-
-    # Not since it was last heard: this process may have stood still itself.
-    silent_since_s: float | None = None
-    while worker._global_node is not None:
-        time.sleep(_HEAD_CHECK_S)
-        asked_s = time.monotonic()
-        if _answer(address, with_token=True) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}:
-            silent_since_s = None
-        elif silent_since_s is None:
-            silent_since_s = asked_s
-        elif time.monotonic() - silent_since_s > _HEAD_GONE_S:
-            _stop_at_once(f"the head of the Ray cluster at {address} is gone")
-
-
-def _stop_at_once(why: str) -> None:
-    """End this process unless it is leaving Ray already; a resume goes on."""
-    from ray._private import worker
-
-    if worker._global_node is not None:
-        message = f"segformer3d: {why}; what is committed stays, resume the job\n"
-        os.write(2, message.encode())
-        os._exit(_EXIT_INTERRUPTED)
-
-
-def _watch_daemons() -> None:
-    """End this process soon after the embedded Ray dies under it (Ray itself waits a minute).
-
-    A service manager that stops a whole process group takes Ray's daemons along.
-    """
-    from ray._private import worker
-
-    while (node := worker._global_node) is not None:
-        if node.dead_processes():
-            time.sleep(_GRACE_S)
-            _stop_at_once("Ray was stopped")
-        time.sleep(1.0)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cluster
+from jobs import cluster, ray_watch
 
 
 def test_rays_news_are_said_once_and_not_where_the_result_goes(
@@ -34,17 +34,17 @@ def test_who_hangs_up_is_noticed_at_once_and_who_is_gone_is_told_from_who_is_the
     tmp_path: Path,
 ) -> None:
     path = str(tmp_path / "raylet")
-    assert not cluster._await_close(path)
+    assert not ray_watch._await_close(path)
     with socket.socket(socket.AF_UNIX) as daemon, ThreadPoolExecutor(1) as threads:
         daemon.bind(path)
         daemon.listen(1)
-        waiting = threads.submit(cluster._await_close, path)
+        waiting = threads.submit(ray_watch._await_close, path)
         line, _ = daemon.accept()
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.2)
         line.close()
         assert waiting.result(timeout=5)
-    assert not cluster._await_close(path)
+    assert not ray_watch._await_close(path)
 
 
 @pytest.mark.parametrize(
