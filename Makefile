@@ -4,6 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 UV_LOCK := .venv/uv.lock
 
+# Tests start hundreds of processes, which need not compile our files anew each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test check format chaos audit lock schema clean
 
 setup: $(STAMP)

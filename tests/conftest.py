@@ -23,7 +23,10 @@ LONG_FILES = {
     for name in (
         "simulation/test_seeds.py",
         "simulation/test_more_seeds.py",
+        "jobs/test_generations.py",
+        "pipeline/test_storage.py",
         "segformer3d/test_gpu.py",
+        "segformer3d/test_training.py",
         "jobs/test_train.py",
         "jobs/test_s3_faults.py",
         "jobs/test_no_secret_is_written.py",
