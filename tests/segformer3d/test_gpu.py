@@ -22,7 +22,6 @@ from tests.segformer3d.random_models import CONFIG, varied_model
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
 
-@pytest.mark.patient
 def test_kernels_by_the_interpreter(project_root, tmp_path):
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(

@@ -14,7 +14,6 @@ NUM_SEEDS = 5_000
 MOST_SEEDS_PER_MUTANT = 2_000
 
 
-@pytest.mark.patient
 def test_five_thousand_more_seeds_break_no_rule() -> None:
     started = time.monotonic()
     counts = run_seeds(range(NUM_SEEDS, 2 * NUM_SEEDS))

@@ -1,8 +1,8 @@
 """The real commit, lease, resume, compaction and collection code under seeded faults.
 
 ``tests.simulation.world`` says what can go wrong, ``tests.simulation.job`` which rules are kept.
-10,000 seeds run each time, the other half of them in ``test_more_seeds``: ``make chaos`` hands out
-test files to processes. Any seed is run again, with its schedule, by
+10,000 seeds run each time, the other half of them in ``test_more_seeds``: test files are what is
+handed out to processes. Any seed is run again, with its schedule, by
 ``SIMULATION_SEED=123 pytest -s tests/simulation -k once_more``.
 """
 
@@ -35,7 +35,6 @@ def digest(seeds: range) -> str:
     return hashlib.sha256("\n".join(schedules).encode()).hexdigest()
 
 
-@pytest.mark.patient
 def test_five_thousand_seeds_break_no_rule() -> None:
     started = time.monotonic()
     counts = run_seeds(range(NUM_FAST // 2))
