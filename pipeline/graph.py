@@ -22,6 +22,7 @@ import ray.data
 from pipeline.deaths import Journal
 from pipeline.errors import JobError
 from pipeline.pinned import DamagedError, read_pinned
+from pipeline.ray_data import configured
 from pipeline.sinks.parquet import parse_parquet
 from pipeline.stages import (
     AnnotateShard,
@@ -219,8 +220,7 @@ def _in_actors(
         compute=ray.data.ActorPoolStrategy(
             min_size=resources.min_actors,
             max_size=resources.max_actors,
-            # No more than are at work, or at the end one actor would hold what others could do.
-            max_tasks_in_flight_per_actor=at_a_time if at_a_time > 1 else None,
+            max_tasks_in_flight_per_actor=actor.SHARDS_IN_FLIGHT,
             max_concurrent_calls_per_actor=at_a_time,
             enable_true_multi_threading=at_a_time > 1,
         ),
@@ -241,12 +241,12 @@ def run_graph(
         weights: The model.
         resources: What to take of the cluster.
     """
-    _configure_ray_data()
-    with warnings.catch_warnings():
-        # The only way that Ray 2.60 has to bound an actor's retries is announced to go in 2.64.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        dataset = build_graph(context, parts, weights, resources)
-    yield from _receipts(dataset)
+    with configured(for_gpus=resources.gpus_per_actor > 0):
+        with warnings.catch_warnings():
+            # The only way that Ray 2.60 has to bound an actor's retries is announced to go in 2.64.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            dataset = build_graph(context, parts, weights, resources)
+        yield from _receipts(dataset)
 
 
 def run_png_graph(
@@ -258,12 +258,12 @@ def run_png_graph(
         context: The run.
         data: ``(shard_id, key of the winning Parquet object, its sha256)``; at least one.
     """
-    _configure_ray_data()
-    items = [dict(zip(("shard_id", "key", "sha256"), item, strict=True)) for item in data]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _WritePngs(context), batch_size=1, batch_format="pyarrow", **_TASK
-    )
-    yield from _receipts(dataset)
+    with configured(for_gpus=False):
+        items = [dict(zip(("shard_id", "key", "sha256"), item, strict=True)) for item in data]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _WritePngs(context), batch_size=1, batch_format="pyarrow", **_TASK
+        )
+        yield from _receipts(dataset)
 
 
 def _retry_rules() -> dict[str, int]:
@@ -278,6 +278,7 @@ class _AnnotateActor(AnnotateShard):
     """
 
     SHARDS_AT_A_TIME = 1
+    SHARDS_IN_FLIGHT = 2
 
     def __init__(self, context: StageContext, weights: WeightsFile, at_a_time: int = 1) -> None:
         store = context.store()
@@ -319,6 +320,8 @@ class _ThreadedActor:
 
     # One that ends, one in the model, and one that waits for it.
     SHARDS_AT_A_TIME = 3
+    # Until Ray Data looks again for what is done, and sends more, a GPU must have enough.
+    SHARDS_IN_FLIGHT = 8
 
     def __init__(
         self, context: StageContext, weights: WeightsFile, at_a_time: int = SHARDS_AT_A_TIME
@@ -340,6 +343,8 @@ class _WholeActor:
     """All three stages in the process that holds the model."""
 
     SHARDS_AT_A_TIME = _FUSED_SHARDS_PER_ACTOR
+    # No more than are at work, or at the end one actor would hold what others could do.
+    SHARDS_IN_FLIGHT = _FUSED_SHARDS_PER_ACTOR
 
     def __init__(self, context: StageContext, weights: WeightsFile) -> None:
         self._decode, self._publish = DecodeShard(context), PublishShard(context)
@@ -391,21 +396,6 @@ class _WritePngs:
             shard_id=item["shard_id"], won=False, num_rows=0, num_ok=0, size_bytes=len(data)
         )
         return receipt.to_table()
-
-
-def _configure_ray_data() -> None:
-    # The default of Ray 2.60 ("RATE_BASED") allots a run the CPUs of the operators that it finds
-    # slow, and of the rest only whole ones: with fractions it left publish none for minutes, and
-    # annotated shards piled up uncommitted until the object store was full.
-    os.environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
-    settings = ray.data.DataContext.get_current()
-    # A block holds at least one row, so a bound that every row exceeds makes each shard a block of
-    # its own. (`repartition(target_num_rows_per_block=1)` would do so too, but as an operator of
-    # one CPU a task, which waits for ever beside actors that leave it less.)
-    settings.target_max_block_size = 1
-    settings.enable_progress_bars = False
-    # An unexpected exception stops the run: bad inputs never raise, they become rows.
-    settings.max_errored_blocks = 0
 
 
 def _receipts(dataset: "ray.data.Dataset") -> Iterator[ShardReceipt]:

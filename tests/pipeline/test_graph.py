@@ -1,10 +1,16 @@
+import contextlib
 import warnings
 
 import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from ray.data._internal.execution import streaming_executor_state as state
+
     from pipeline import graph
+    from pipeline.ray_data import configured
+
+WAIT = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
 
 
 @pytest.mark.parametrize("num_cpus", [1, 2, 3, 4, 8, 64])
@@ -46,3 +52,21 @@ def test_one_machine_without_gpus_is_fused() -> None:
     assert graph.choose_graph(0, one_machine=True) == "fused"
     assert graph.choose_graph(1, one_machine=True) == "staged"
     assert graph.choose_graph(0, one_machine=False) == "staged"
+
+
+def test_a_gpu_is_looked_after_often_while_its_graph_runs() -> None:
+    usual = vars(state)[WAIT]
+    # Were it called otherwise in another Ray, setting it would do nothing.
+    assert WAIT in state.process_completed_tasks.__code__.co_names
+    with contextlib.suppress(ZeroDivisionError), configured(for_gpus=True):
+        assert vars(state)[WAIT] <= usual / 4
+        raise ZeroDivisionError
+    with configured(for_gpus=False):
+        assert vars(state)[WAIT] == usual
+
+
+def test_a_gpu_has_more_shards_sent_than_it_works_on() -> None:
+    gpu, cpu = graph._ThreadedActor, graph._WholeActor
+    assert gpu.SHARDS_IN_FLIGHT >= 2 * gpu.SHARDS_AT_A_TIME
+    # An actor that takes seconds a shard would hold what others could do.
+    assert cpu.SHARDS_IN_FLIGHT == cpu.SHARDS_AT_A_TIME
