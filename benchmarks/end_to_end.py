@@ -1,6 +1,6 @@
 """How fast one model annotates JPEGs end to end, on a GPU above all, and what Ray takes of it.
 
-    python -m benchmarks.end_to_end [--variant mit_b3] [--frames 16384] [--no-ray] [--json]
+    python -m benchmarks.end_to_end [--variant mit_b3] [--frames 16384] [--no-ray | --only-job]
 
 One after the other: the bare model; each of the three stages alone; all three as a pipeline of
 threads, without Ray; and `segformer3d run`. The stages are the job's own callables. No pipeline can
@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -131,7 +132,9 @@ def _arguments() -> argparse.Namespace:
         "--publishers", type=int, default=max(1, cpus // 4), help="default: a fourth of the cores"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--no-ray", action="store_true", help="leave the job out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--no-ray", action="store_true", help="leave the job out")
+    which.add_argument("--only-job", action="store_true", help="leave all but the job out")
     parser.add_argument(
         "--set",
         action="append",
@@ -164,7 +167,8 @@ def measure(folder: Path, given: argparse.Namespace) -> Report:
     weights = bundled_weights() if given.variant == BUNDLED else untrained_weights(given.variant)
     (folder / "weights").write_bytes(weights)
     with GpuClock(on=on_gpu) as clock:
-        _without_ray(folder, weights, report, clock)
+        if not given.only_job:
+            _without_ray(folder, weights, report, clock)
         if not given.no_ray:
             _whole_job(folder, report, clock, given.set)
     return report
@@ -405,11 +409,12 @@ def table(report: Report) -> Iterator[str]:
     yield ""
     yield "| | frames/s | kept of min(P, D, W) | model stage busy | GPU busy |"
     yield "|---|---|---|---|---|"
-    bound = min(report.rates[way] for way in (MODEL, DECODE, PUBLISH))
+    bound = min(report.rates.get(way, math.nan) for way in (MODEL, DECODE, PUBLISH))
     for way in (MODEL, ANNOTATE, DECODE, PUBLISH, THREADS, JOB):
         if way in report.rates:
             rate = report.rates[way]
-            kept = f"{rate / bound:.1%}" if way in {THREADS, JOB} else ""
+            is_whole = way in {THREADS, JOB} and not math.isnan(bound)
+            kept = f"{rate / bound:.1%}" if is_whole else ""
             shares = [
                 f"{busy[way]:.1%}" if way in busy else ""
                 for busy in (report.model_busy, report.gpu_busy)

@@ -292,10 +292,20 @@ def run_job(archive: str, output: str, settings: Sequence[str]) -> JobRun:
     command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive, "--output", output]
     command += [word for setting in settings for word in ("--set", setting)]
     started = time.time()
-    process = subprocess.run(command, capture_output=True, check=False)
-    said = process.stderr.decode()
+    lines = []
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            # As it comes: whoever stops this has seen how far it was.
+            for line in process.stderr:
+                print(line, end="", file=sys.stderr, flush=True)
+                lines.append(line)
+        except BaseException:
+            process.kill()
+            raise
+    said = "".join(lines)
     if process.returncode != 0:
-        raise SystemExit(f"the job ended with {process.returncode}: {said}")
+        raise SystemExit(f"the job ended with {process.returncode}")
     store = open_store(output, StorageOptions())
     commits = [
         (_committed_at(output, item.key), int(json.loads(store.read(item.key))["num_rows"]))
