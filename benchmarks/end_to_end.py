@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import math
 import os
 import shutil
 import sys
@@ -409,12 +408,11 @@ def table(report: Report) -> Iterator[str]:
     yield ""
     yield "| | frames/s | kept of min(P, D, W) | model stage busy | GPU busy |"
     yield "|---|---|---|---|---|"
-    bound = min(report.rates.get(way, math.nan) for way in (MODEL, DECODE, PUBLISH))
+    alone = [report.rates[way] for way in (MODEL, DECODE, PUBLISH) if way in report.rates]
     for way in (MODEL, ANNOTATE, DECODE, PUBLISH, THREADS, JOB):
         if way in report.rates:
             rate = report.rates[way]
-            is_whole = way in {THREADS, JOB} and not math.isnan(bound)
-            kept = f"{rate / bound:.1%}" if is_whole else ""
+            kept = f"{rate / min(alone):.1%}" if alone and way in {THREADS, JOB} else ""
             shares = [
                 f"{busy[way]:.1%}" if way in busy else ""
                 for busy in (report.model_busy, report.gpu_busy)

@@ -25,7 +25,7 @@ import ray.data
 from benchmarks.model import machine
 from jobs.cluster import connect
 from jobs.spec import RaySection
-from pipeline.graph import _TASK
+from pipeline.graph import _TASK, _ThreadedActor
 from pipeline.ray_data import configured
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def _wired(given: argparse.Namespace, in_flight: int) -> ray.data.Dataset:
 
 
 def _sleep(milliseconds: float, table: pa.Table) -> pa.Table:
+    # The work of a stage, which takes no core of this machine's.
     time.sleep(milliseconds / 1000)
     return table
 
@@ -117,7 +118,7 @@ def _sleep(milliseconds: float, table: pa.Table) -> pa.Table:
 class StandIn:
     """A GPU's actor: one thread begins shards, and may while the one before is in the model."""
 
-    AT_A_TIME = 3
+    AT_A_TIME = _ThreadedActor.SHARDS_AT_A_TIME
 
     def __init__(self, model_ms: float) -> None:
         self._model_s = model_ms / 1000
@@ -138,6 +139,7 @@ class StandIn:
 
 
 def _sleep_until(when_s: float) -> None:
+    # A GPU's work, likewise.
     time.sleep(max(0.0, when_s - time.perf_counter()))
 
 

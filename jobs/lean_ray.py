@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from typing import Any, Self
 from uuid import uuid4
 
+from pipeline.replaced import replaced
+
 
 @contextlib.contextmanager
 def lean_start() -> Iterator[None]:
@@ -23,8 +25,8 @@ def lean_start() -> Iterator[None]:
 
     leaner = functools.partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(parameter, "RayParams", leaner))
-        stack.enter_context(_replaced(Node, "start_api_server", _start_no_api_server))
+        stack.enter_context(replaced(parameter, "RayParams", leaner))
+        stack.enter_context(replaced(Node, "start_api_server", _start_no_api_server))
         yield
 
 
@@ -37,14 +39,14 @@ def lean_data() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for name in _TOLD_STATISTICS:
-            stack.enter_context(_replaced(_StatsManager, name, staticmethod(_ignore)))
+            stack.enter_context(replaced(_StatsManager, name, staticmethod(_ignore)))
         for owner, name, ours in (
             (_StatsManager, "gen_dataset_id_from_stats_actor", staticmethod(_new_id)),
             (streaming_executor, "create_cluster_autoscaler", _whole_machine),
             (actor_pool_map_operator, "get_or_create_actor_location_tracker", _Nowhere),
             (actor_pool_map_operator, "get_actor_locations", _unknown_locations),
         ):
-            stack.enter_context(_replaced(owner, name, ours))
+            stack.enter_context(replaced(owner, name, ours))
         yield
 
 
@@ -53,17 +55,6 @@ _TOLD_STATISTICS = (
     "update_execution_metrics",
     "update_iteration_metrics",
 )
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, ours: Any) -> Iterator[None]:
-    # Not as an instance would see it: a static method stays one.
-    theirs = vars(owner)[name]
-    setattr(owner, name, ours)
-    try:
-        yield
-    finally:
-        setattr(owner, name, theirs)
 
 
 def _start_no_api_server(node: Any, **_: object) -> None:

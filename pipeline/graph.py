@@ -278,6 +278,7 @@ class _AnnotateActor(AnnotateShard):
     """
 
     SHARDS_AT_A_TIME = 1
+    # The next one is there when one is done.
     SHARDS_IN_FLIGHT = 2
 
     def __init__(self, context: StageContext, weights: WeightsFile, at_a_time: int = 1) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import ray.data
 from ray.data._internal.execution import streaming_executor_state
 
+from pipeline.replaced import replaced
+
 # A GPU may be through with a shard in a hundredth of a second. Each look costs the driver 3 ms.
 _GPU_LOOKS_EVERY_S = 0.02
 _WAIT = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
@@ -31,19 +33,11 @@ def configured(*, for_gpus: bool) -> Iterator[None]:
     settings.enable_progress_bars = False
     # An unexpected exception stops the run: bad inputs never raise, they become rows.
     settings.max_errored_blocks = 0
-    with _looking_often() if for_gpus else contextlib.nullcontext():
+    # Ray Data waits a tenth of a second for tasks, unless all of them are done, before it sends
+    # others. Ray 2.60 has no setting for that.
+    with (
+        replaced(streaming_executor_state, _WAIT, _GPU_LOOKS_EVERY_S)
+        if for_gpus
+        else contextlib.nullcontext()
+    ):
         yield
-
-
-@contextlib.contextmanager
-def _looking_often() -> Iterator[None]:
-    """Let Ray Data look for tasks that are done, to send others, more than ten times a second.
-
-    It waits a tenth of one unless all of them are done. Ray 2.60 has no setting for that.
-    """
-    theirs = getattr(streaming_executor_state, _WAIT)
-    setattr(streaming_executor_state, _WAIT, _GPU_LOOKS_EVERY_S)
-    try:
-        yield
-    finally:
-        setattr(streaming_executor_state, _WAIT, theirs)

@@ -126,6 +126,10 @@ class LoopbackCluster:
         answer = self.ask(f"/api/v0/{kind}?detail=true&limit=9999")
         return list(answer["data"]["result"]["result"])
 
+    def gpu_actors(self) -> list[dict[str, Any]]:
+        """What Ray's state API knows of the actors that hold a model beside a GPU."""
+        return [a for a in self.state("actors") if "_ThreadedActor" in a["class_name"]]
+
     def nodes(self) -> list[RayNode]:
         """Every node that was added and not removed, dead or alive, the head first."""
         return [RayNode(**fields) for fields in self._order("nodes")]

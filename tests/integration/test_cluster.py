@@ -182,7 +182,7 @@ def test_run_joins_the_cluster_that_ray_address_names(
         node["node_id"]: node["resources_total"].get("GPU", 0) for node in cluster.state("nodes")
     }
     assert sorted(nodes.values()) == [0, 1]
-    models = [actor for actor in cluster.state("actors") if "_ThreadedActor" in actor["class_name"]]
+    models = cluster.gpu_actors()
     assert [actor["required_resources"].get("GPU") for actor in models] == [1.0]
     assert [nodes[actor["node_id"]] for actor in models] == [1]
     decoded_on = {

@@ -72,14 +72,15 @@ def test_a_frame_that_kills_its_actor_is_quarantined_alone(job, monkeypatch, tmp
 
 
 @pytest.mark.slow
-def test_a_lost_device_replaces_the_actor_and_costs_no_frame(job, monkeypatch):
+@pytest.mark.parametrize(("graph", "at_a_time"), [("staged", 1), ("fused", 2)])
+def test_a_lost_device_replaces_the_actor_and_costs_no_frame(job, monkeypatch, graph, at_a_time):
     monkeypatch.setenv("DEADLY", "device")
-    driver = job.run()
+    driver = job.run("--set", f"ray.graph={graph}")
     assert driver.end() == 0, driver.said
     job.check_sound()
     deaths = [death_of(item.key) for item in job.store.list(Generation().attempts_prefix)]
-    # The shard before it may not be quite at rest yet, and then counts as well.
-    assert 1 <= len(deaths) <= 2
+    # Another shard in the same process may not be quite at rest yet, and then counts as well.
+    assert 1 <= len(deaths) <= at_a_time
     assert {place for _, place in deaths} == {"shard"}
 
 
@@ -91,9 +92,7 @@ def test_a_frame_that_kills_a_gpu_s_actor_is_quarantined_alone(job, monkeypatch,
         environment = {"RAY_ADDRESS": cluster.address, **cluster.environment()}
         driver = replace(job, environment=environment).run()
         assert driver.end() == 3, driver.said
-        models = [
-            actor for actor in cluster.state("actors") if "_ThreadedActor" in actor["class_name"]
-        ]
+        models = cluster.gpu_actors()
     assert [actor["required_resources"].get("GPU") for actor in models] == [1.0]
     job.check_sound()
     bad = {row[0]: row[2] for row in job.rows() if row[1] != "ok"}
