@@ -23,9 +23,10 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/segformer3d demo
 
-# What starts Ray wants the machine to itself; the rest goes by files, two at a time.
+# What starts Ray wants the machine to itself; the rest goes by files, three at a time, since two wait
+# too often to keep two cores busy.
 test: setup
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" -n 3 --dist loadfile --no-loadscope-reorder \
 		--durations 10
 	$(BIN)/python -m pytest tests/integration -m "ray and not slow and not gpu" --durations 10
 

@@ -46,8 +46,8 @@ _PROBES_PER_CALL = 16
 _MAX_PROBERS = 8
 # Decoded frames of one shard, about; a shard may hold twice its target.
 _MAX_SHARD_BYTES = 96 << 20
-# Frames in small shards: the first, so that results come soon, and of images the last as well, so
-# that the models are done at about the same time.
+# Frames in small shards: the first, so that results come soon, and the last, of images or of one
+# video, so that the models are done at about the same time.
 _NUM_SMALL = 8 * SMALL_SLICE_FRAMES
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Planner:
         self.store, self.pattern = open_input(spec.input.url, spec.input.storage.options())
         self._excluded = _excluded(spec)
         self.assets, self.num_ignored = self._list()
-        self._last_images = _last_images(self.assets)
+        self._last_assets = _last_assets(self.assets)
         self._digest = PlanDigest()
         self._counts = dict.fromkeys(
             ("num_shards", "num_frames", "num_known_errors", "num_pixels"), 0
@@ -172,10 +172,13 @@ class Planner:
             self._size_bytes += probe.asset.size_bytes
             self._duration_s += probe.duration_s
             target = self._target_frames(probe)
-            is_last = probe.asset.path in self._last_images
-            for part in self._parts(probe, target):
-                is_small = is_last or self._num_small_left > 0
+            num_last = _NUM_SMALL if probe.asset.path in self._last_assets else 0
+            parts = self._parts(probe, target, num_last)
+            num_left = sum(len(part.frame_index) for part in parts)
+            for part in parts:
+                is_small = self._num_small_left > 0 or num_left <= num_last
                 self._num_sliced += len(part.frame_index)
+                num_left -= len(part.frame_index)
                 aim = min(target, SMALL_SLICE_FRAMES) if is_small else target
                 yield *sized(part, self.spec.geometry.geometry()), aim
 
@@ -184,8 +187,8 @@ class Planner:
         """So many of the frames that come next go into small shards, since they are the first."""
         return max(0, _NUM_SMALL - self._num_sliced)
 
-    def _parts(self, probe: AssetProbe, target_frames: int) -> list[Slice]:
-        """Slices of one asset."""
+    def _parts(self, probe: AssetProbe, target_frames: int, num_last: int) -> list[Slice]:
+        """Slices of one asset, small ones for so many of its last frames."""
         sampling = Sampling(
             every_nth=self.spec.sampling.every_nth,
             frames_per_second=self.spec.sampling.frames_per_second,
@@ -195,6 +198,7 @@ class Planner:
             sampling=sampling,
             target_frames=target_frames,
             num_small=self._num_small_left,
+            num_small_last=num_last,
         )
 
     def _target_frames(self, probe: AssetProbe) -> int:
@@ -332,10 +336,11 @@ def open_output(spec: JobSpec) -> Store:
     return open_store(spec.output.url, spec.output.storage.options(), create=True)
 
 
-def _last_images(assets: Sequence[Asset]) -> frozenset[str]:
-    """The paths of the images that end the archive, if it is images that end it."""
+def _last_assets(assets: Sequence[Asset]) -> frozenset[str]:
+    """The paths of the images that end the archive, or of the video that does."""
     images = itertools.takewhile(lambda asset: asset.kind == "image", reversed(assets))
-    return frozenset(asset.path for asset in itertools.islice(images, _NUM_SMALL))
+    last = list(itertools.islice(images, _NUM_SMALL)) or assets[-1:]
+    return frozenset(asset.path for asset in last)
 
 
 def _excluded(spec: JobSpec) -> list[re.Pattern[str]]:

@@ -117,13 +117,18 @@ class Replanner(Planner):
             failed = [*failed, AssetProbe(asset=asset, error_kind=kind, error=message)]
         return members, failed
 
-    def _parts(self, probe: AssetProbe, target_frames: int) -> list[Slice]:
+    def _parts(self, probe: AssetProbe, target_frames: int, num_last: int) -> list[Slice]:
         wanted = self._wanted.get(probe.asset.path)
         # A tar that is read anew has members that nobody asked for by name.
         if wanted is None or UNOPENABLE in wanted:
-            return super()._parts(probe, target_frames)
+            return super()._parts(probe, target_frames, num_last)
         # Of all frames: what is wanted was sampled before, of the file as it was then.
-        parts = slice_asset(probe, target_frames=target_frames, num_small=self._num_small_left)
+        parts = slice_asset(
+            probe,
+            target_frames=target_frames,
+            num_small=self._num_small_left,
+            num_small_last=num_last,
+        )
         return list(_only_wanted(parts, wanted, target_frames))
 
 

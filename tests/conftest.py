@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-# Files that take half a minute and more: with two workers they come first, or one waits at the end.
+# Files that take half a minute and more: they come first, or some worker waits at the end.
 LONG_FILES = {
     ROOT / "tests" / name
     for name in (

@@ -78,6 +78,7 @@ def slice_asset(
     sampling: Sampling | None = None,
     target_frames: int = 64,
     num_small: int = 0,
+    num_small_last: int = 0,
 ) -> list[Slice]:
     """Slices of one asset, in presentation order.
 
@@ -93,6 +94,7 @@ def slice_asset(
         target_frames: Sampled frames per slice to aim at.
         num_small: So many of the first frames go into slices of ``SMALL_SLICE_FRAMES`` instead, if
             that is less.
+        num_small_last: And so many of the last.
 
     Raises:
         ValueError: If ``target_frames`` is not positive.
@@ -106,7 +108,7 @@ def slice_asset(
     if probe.asset.kind == "image":
         return [_slice(probe)]
     ranks = sample_frames(probe.pts, probe.time_base, sampling)
-    cuts = _cuts(probe, ranks, target_frames, num_small)
+    cuts = _cuts(probe, ranks, target_frames, (num_small, len(ranks) - num_small_last))
     runs = [ranks[start:end] for start, end in cuts]
     num_read = sum(_is_read_whole(probe, run[0]) for run in runs) * len(probe.pts)
     reason = _PALETTE if probe.needs_start else _REPEATED
@@ -120,12 +122,14 @@ def slice_asset(
 
 
 def _cuts(
-    probe: AssetProbe, ranks: Sequence[int], target_frames: int, num_small: int
+    probe: AssetProbe, ranks: Sequence[int], target_frames: int, large: tuple[int, int]
 ) -> Iterator[tuple[int, int]]:
+    """Where slices start and end; those that start outside ``large`` are small."""
     start = 0
+    small_frames = min(target_frames, SMALL_SLICE_FRAMES)
     for position in range(1, len(ranks)):
         length = position - start
-        target = min(target_frames, SMALL_SLICE_FRAMES) if start < num_small else target_frames
+        target = target_frames if large[0] <= start < large[1] else small_frames
         if _is_read_whole(probe, ranks[position]) != _is_read_whole(probe, ranks[position - 1]):
             yield start, position
             start = position

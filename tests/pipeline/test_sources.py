@@ -199,6 +199,15 @@ def test_the_first_frames_go_into_small_slices():
     assert few == slice_asset(frames, target_frames=10)
 
 
+def test_the_last_frames_go_into_small_slices():
+    frames = video(range(300), range(0, 300, 5))
+    slices = slice_asset(frames, target_frames=64, num_small_last=50)
+    assert [len(part.pts) for part in slices] == [65, 65, 65, 65, 20, 20]
+    # Fewer than that are all small, with either.
+    whole = [len(part.pts) for part in slice_asset(frames, num_small_last=1000)]
+    assert whole == [20] * 15 == [len(part.pts) for part in slice_asset(frames, num_small=1000)]
+
+
 @given(
     steps=st.lists(st.integers(1, 9), min_size=1, max_size=200),
     every=st.integers(1, 7),
