@@ -56,7 +56,8 @@ class Predictions:
         depth: uint16 (B, H / 4, W / 4), codes of the weights' depth codec, 0 where invalid.
         confidence_mean: float32 (B,), mean over the H / 4 grid of the largest class probability.
         entropy_mean: float32 (B,), mean over the H / 4 grid of the class entropy, in nats.
-        finite: bool (B,), False where a frame's logits or depth are not all finite.
+        finite: bool (B,), False where a frame's logits, or what the depth head says before it is
+            made metres, are not all finite.
     """
 
     class_ids: NDArray[np.uint8] | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 import struct
 import warnings
@@ -36,6 +37,7 @@ from segformer3d.config import (
     mit_variant,
 )
 from segformer3d.files import replaced_whole
+from segformer3d.labels import CLASS_NAMES
 from segformer3d.model import Segformer3D, build_model
 from segformer3d.weights_file import (
     METADATA_KEY,
@@ -251,6 +253,24 @@ def _check_huggingface_config(config: Mapping[str, Any]) -> None:
     for key, value in _HUGGINGFACE_CONFIG.items():
         if config.get(key, value) != value:
             raise WeightsError(f"config.json has {key} {config[key]}, but SegFormer has {value}")
+    _check_huggingface_labels(config.get("id2label"))
+
+
+def _check_huggingface_labels(names: object) -> None:
+    """Refuse as many classes of another meaning; how many there are, the tensors say."""
+    if not isinstance(names, Mapping) or len(names) != NUM_CITYSCAPES_CLASSES:
+        return
+    given = [str(names.get(str(index), "")) for index in range(NUM_CITYSCAPES_CLASSES)]
+    if given == [f"LABEL_{index}" for index in range(NUM_CITYSCAPES_CLASSES)]:
+        return
+    plain = [re.sub("[_-]", " ", name.strip().lower()) for name in given]
+    num_same = sum(map(operator.eq, plain, CLASS_NAMES))
+    # A few may be spelled in another way.
+    if num_same < NUM_CITYSCAPES_CLASSES / 2:
+        raise WeightsError(
+            f"config.json calls class 0 {given[0]!r} and class 1 {given[1]!r}: only the 19 classes "
+            f"of Cityscapes are supported, {CLASS_NAMES[0]}, {CLASS_NAMES[1]} and so on"
+        )
 
 
 def _huggingface_preprocessing(path: Path) -> Preprocessing:

@@ -32,6 +32,7 @@ from segformer3d.config import (
     Preprocessing,
     WeightsInfo,
 )
+from segformer3d.labels import CLASS_NAMES
 from segformer3d.model import build_model
 from segformer3d.weights import (
     import_weights,
@@ -212,6 +213,16 @@ def test_huggingface_pickle_and_preprocessing(huggingface_b0, tmp_path):
     assert info.preprocessing == Preprocessing(mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
     mine = Preprocessing(channel_order="bgr")
     assert import_weights(tmp_path, preprocessing=mine)[1].preprocessing == mine
+    config = json.loads((folder / "config.json").read_text())
+    names = [name.title().replace(" ", "_") for name in CLASS_NAMES]
+    for spelled in (
+        CLASS_NAMES,
+        names,
+        ["motorbike" if "cycle" in name else name for name in names],
+    ):
+        config["id2label"] = dict(enumerate(spelled))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert_same(run(import_weights(tmp_path)[0], x), expected)
 
 
 def test_huggingface_mistakes(huggingface_b0, tmp_path):
@@ -235,6 +246,10 @@ def test_huggingface_mistakes(huggingface_b0, tmp_path):
     assert "only SegformerForSemanticSegmentation" in refusal()
     write(num_attention_heads=[1, 2, 4, 8])
     assert "num_attention_heads [1, 2, 4, 8], but SegFormer has [1, 2, 5, 8]" in refusal()
+    write(id2label={index: f"organ {index}" for index in range(19)})
+    assert "calls class 0 'organ 0' and class 1 'organ 1': only the 19 classes of" in refusal()
+    write(id2label=dict(enumerate(reversed(CLASS_NAMES))))
+    assert "calls class 0 'bicycle'" in refusal()
     write()
     (tmp_path / "preprocessor_config.json").write_text('{"rescale_factor": 1.0}')
     assert "rescaled by 1/255" in refusal()
