@@ -290,6 +290,7 @@ def run_job(archive: str, output: str, settings: Sequence[str]) -> JobRun:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     command = [sys.executable, "-m", "jobs.cli", "run", "--input", archive, "--output", output]
+    settings = [f"geometry.short_side_px={SIZE[1]}", *settings]
     command += [word for setting in settings for word in ("--set", setting)]
     started = time.time()
     lines = []

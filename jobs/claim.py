@@ -51,6 +51,7 @@ def claim_job(spec: JobSpec) -> OpenJob:
     check_archive(spec)
     weights = load_weights(spec)
     record = make_record(spec, weights)
+    spec = sized_as(record, spec)
     store = open_output(spec)
     if not store.exists(JOB_KEY):
         # A wrong --input must not leave a job behind that then refuses the right one.
@@ -132,6 +133,7 @@ def make_record(spec: JobSpec, weights: bytes) -> JobRecord:
     except WeightsError as error:
         message = f"weights {spec.model.weights}: {error}"
         raise UserError(message) from None
+    spec = spec.sized_for(info.short_side_px)
     if not info.trained:
         say("The weights are untrained: the outputs show that everything runs, not a street.")
     return JobRecord(
@@ -144,6 +146,11 @@ def make_record(spec: JobSpec, weights: bytes) -> JobRecord:
         depth_codec=info.depth_codec.to_dict() if info.depth_codec else None,
         software_version=_version(),
     )
+
+
+def sized_as(record: JobRecord, spec: JobSpec) -> JobSpec:
+    """The spec with the size of frames that the record's weights gave it."""
+    return spec.model_copy(update={"geometry": record.job_spec().geometry})
 
 
 def _check_by_torch(weights: bytes) -> None:

@@ -4,8 +4,10 @@ Exit codes: 0 done, 1 failed, 2 the user's mistake, 3 done with quarantined inpu
 (resumable). Results go to standard output, news to standard error.
 """
 
+import contextlib
 import functools
 import json
+import shlex
 import sys
 import threading
 import traceback
@@ -37,6 +39,10 @@ Command = Callable[..., Any]
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script."""
+    if sys.stderr is None:
+        from jobs.progress import hush
+
+        hush()
     sys.excepthook = _print_traceback
     threading.excepthook = _print_thread_s_traceback
     sys.exit(run(arguments))
@@ -78,7 +84,8 @@ def _failed(error: click.ClickException | Segformer3dError) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    click.echo(f"segformer3d: {redact(one_line(message))}", err=True)
+    with contextlib.suppress(OSError):  # who cannot be told has the code
+        click.echo(f"segformer3d: {redact(one_line(message))}", err=True)
     return code
 
 
@@ -325,7 +332,9 @@ def _report(result: Any, as_json: bool) -> int:
     )
     _print(asdict(result), as_json, text)
     if result.outcome == "interrupted":
-        click.echo(f"go on with: segformer3d resume {result.url}", err=True)
+        from jobs.progress import say
+
+        say(f"go on with: segformer3d resume {shlex.quote(result.url)}")
     return _exit_code(result.outcome)
 
 

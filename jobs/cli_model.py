@@ -27,7 +27,7 @@ def _picture_options(command: Command) -> Command:
             "short_side_px",
             type=int,
             metavar="PIXELS",
-            help="Of the model's input, a multiple of 32; default 512.",
+            help="Of the model's input, a multiple of 32; default the weights' own, or 512.",
         ),
         click.option("--device", metavar="NAME", help="As torch says it; default the GPU, if any."),
         click.option(

@@ -4,10 +4,11 @@ import os
 import time
 from dataclasses import dataclass, replace
 
-from jobs.claim import load_weights, make_record
+from jobs.claim import load_weights, make_record, sized_as
 from jobs.cluster import Cluster
 from jobs.plan import Plan
 from jobs.planner import Planner
+from jobs.progress import say
 from jobs.resources import resources_for
 from jobs.spec import JobSpec
 from pipeline.decode import decode_shard
@@ -76,13 +77,16 @@ def dry_run(spec: JobSpec) -> DryRun:
         UserError: If the archive or the weights cannot be opened.
     """
     weights = load_weights(spec)
-    make_record(spec, weights)  # refuses what is no weights file, as a run does
+    # Refuses what is no weights file, as a run does.
+    spec = sized_as(make_record(spec, weights), spec)
     planner = Planner(spec)
     sample: list[ShardSpec] = []
     for shard in planner.shards():
         if not sample and any(part.error_kind is None for part in shard.slices):
             sample.append(shard)
     plan = planner.plan()
+    if sample:
+        say("Annotating a sample, to foretell time and size.")
     return DryRun(plan=plan, estimate=estimate(spec, weights, plan, sample[0]) if sample else None)
 
 

@@ -196,7 +196,8 @@ def picture_all(
     )
     outputs = output_paths(found, request.url, request.output, name)
     model = open_model(spec, request.device)
-    new_painter = new_painters(model, spec.geometry.geometry())
+    geometry = spec.sized_for(model.info.short_side_px).geometry.geometry()
+    new_painter = new_painters(model, geometry)
     limits = spec.limits.limits()
     reports = []
     with _files_progress(len(outputs)) as advance:

@@ -1,9 +1,11 @@
 """Progress where a person looks: a bar on a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Never, Self, TypeVar
 
 from tqdm import tqdm
@@ -115,5 +117,14 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str)
 
 def say(message: str) -> None:
     """One line for a person; results go to standard output, this does not."""
-    tqdm.write(redact(without_controls(message)), file=sys.stderr)
-    sys.stderr.flush()
+    try:
+        tqdm.write(redact(without_controls(message)), file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:
+        # A full disk, or a reader that is gone: no reason to end a job.
+        hush()
+
+
+def hush() -> None:
+    """Send whatever is still to be said nowhere: standard error is closed, or takes no more."""
+    sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end

@@ -5,6 +5,7 @@ Every step can be repeated: a driver that dies anywhere leaves what the next one
 
 import contextlib
 import re
+import shlex
 import signal
 import threading
 import time
@@ -398,7 +399,7 @@ def _guarded(receipts: Iterator[ShardReceipt], url: str) -> Iterator[ShardReceip
     except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
         message = (
             f"the run stopped: {_reason(error)}; what is committed stays, "
-            f"go on with `segformer3d resume {url}`"
+            f"go on with `segformer3d resume {shlex.quote(url)}`"
         )
         raise JobError(message) from error
 

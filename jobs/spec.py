@@ -23,7 +23,7 @@ from pydantic import (
 
 from pipeline.decode import DecodeLimits
 from pipeline.errors import UserError
-from pipeline.geometry import MAX_PIXELS, Geometry
+from pipeline.geometry import MAX_PIXELS, Geometry, short_side_of
 from pipeline.storage import StorageOptions
 from pipeline.urls import (
     check_endpoint,
@@ -47,6 +47,8 @@ class _Brief(reprlib.Repr):
 
 
 _BRIEFLY = _Brief()
+_MAX_CHARS = 1 << 20
+_MAX_SHORT_SIDE_PX = 4096
 _BRIEFLY.maxlevel, _BRIEFLY.maxstring = 1, 80
 
 # `true` is no number, nor is "3".
@@ -108,10 +110,19 @@ class SamplingSection(_Section):
 
 
 class GeometrySection(_Section):
-    """The size at which frames enter the model."""
+    """The size at which frames enter the model.
+
+    Without a short side, whoever knows the weights gives it one (``JobSpec.sized_for``).
+    """
 
     mode: Literal["keep_aspect", "stretch"] = "keep_aspect"
-    short_side_px: Whole = Field(512, ge=32, le=4096, multiple_of=32)
+    short_side_px: Whole | None = Field(
+        None,
+        ge=32,
+        le=_MAX_SHORT_SIDE_PX,
+        multiple_of=32,
+        description="Default that of the weights' training; 512 where they do not say.",
+    )
     stretch_width_px: Whole = Field(1024, ge=32, le=8192, multiple_of=32)
     stretch_height_px: Whole = Field(512, ge=32, le=8192, multiple_of=32)
 
@@ -119,7 +130,7 @@ class GeometrySection(_Section):
         """The same for the decoder."""
         return Geometry(
             mode=self.mode,
-            short_side_px=self.short_side_px,
+            short_side_px=self.short_side_px or short_side_of(None),
             stretch_size=(self.stretch_width_px, self.stretch_height_px),
         )
 
@@ -134,7 +145,7 @@ class ModelSection(_Section):
     micro_batch: Whole | None = Field(
         None, ge=1, le=1024, description="Frames per forward pass at the most; default by device."
     )
-    threads: Whole | None = Field(1, ge=1, description="CPU threads per model.")
+    threads: Whole | None = Field(1, ge=1, le=1024, description="CPU threads per model.")
 
 
 class OutputSection(_Section):
@@ -192,10 +203,13 @@ class LimitsSection(_Section):
 class RaySection(_Section):
     """What the run may take of the machine or cluster; does not change outputs."""
 
-    max_actors: Whole | None = Field(None, ge=1, description="Models at a time; default all.")
+    max_actors: Whole | None = Field(
+        None, ge=1, le=10**6, description="Models at a time; default all."
+    )
     max_io_tasks: Whole | None = Field(
         None,
         ge=1,
+        le=10**6,
         description="Decode tasks at a time, and publish tasks, if staged; default one per CPU.",
     )
     graph: Literal["auto", "staged", "fused"] = Field(
@@ -203,10 +217,11 @@ class RaySection(_Section):
         description="Decoding and publishing in tasks of their own, or all beside the model; auto: "
         "fused on the CPUs of one machine, staged on GPUs and on clusters.",
     )
-    num_cpus: Whole | None = Field(None, ge=1, description="CPUs of the embedded Ray.")
+    num_cpus: Whole | None = Field(None, ge=1, le=10**4, description="CPUs of the embedded Ray.")
     object_store_bytes: Whole | None = Field(
         None,
         ge=100 * 2**20,
+        le=2**50,
         description="Object store of the embedded Ray; default 1 GiB, or 256 MiB per CPU.",
     )
 
@@ -238,6 +253,13 @@ class JobSpec(_Section):
                     check_file_url(held[key])
                 fields[section] = {**held, key: _absolute_url(held[key])}
         return fields
+
+    def sized_for(self, trained_px: int | None) -> Self:
+        """The same, at the short side that weights were trained at, unless it names one."""
+        if self.geometry.short_side_px is not None:
+            return self
+        side = {"short_side_px": min(short_side_of(trained_px), _MAX_SHORT_SIDE_PX)}
+        return self.model_copy(update={"geometry": self.geometry.model_copy(update=side)})
 
     def recorded(self) -> dict[str, Any]:
         """All of it as plain data, without the query of the weights' URL: it may be a signature."""
@@ -337,13 +359,18 @@ def check_spec(fields: object, where: str) -> JobSpec:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        # It may be a pipe, as a shell gives one for `<(...)`.
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_MAX_CHARS + 1)
     except FileNotFoundError:
         message = f"{path}: no such job file"
         raise UserError(message) from None
     except (OSError, ValueError) as error:
         message = f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
         raise UserError(message) from None
+    if len(text) > _MAX_CHARS:
+        message = f"{path}: over {_MAX_CHARS // 2**20} MiB, which no job file is"
+        raise UserError(message)
     fields = _parse_yaml(text, path)
     if not isinstance(fields, dict):
         message = f"{path}: a job is a mapping with the keys input and output"

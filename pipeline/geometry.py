@@ -10,7 +10,14 @@ from typing import Self
 import numpy as np
 
 from pipeline.errors import InputError
-from segformer3d.geometry import FrameSizeError, Geometry, GeometryMode, UInt8Array, resize
+from segformer3d.geometry import (
+    FrameSizeError,
+    Geometry,
+    GeometryMode,
+    UInt8Array,
+    resize,
+    short_side_of,
+)
 from segformer3d.geometry import input_size as frame_input_size
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "UInt8Array",
     "input_size",
     "resize",
+    "short_side_of",
 ]
 
 # Of any asset, whatever its job allows; a stored row that says more is not ours.

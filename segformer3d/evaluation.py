@@ -16,7 +16,7 @@ import numpy as np
 from segformer3d.config import METRIC_DEPTH
 from segformer3d.datasets.sample import DatasetError
 from segformer3d.draw import resize_depth
-from segformer3d.geometry import SIDE_MULTIPLE_PX, FrameSizeError, Geometry, input_size, resize
+from segformer3d.geometry import FrameSizeError, Geometry, input_size, resize, short_side_of
 from segformer3d.labels import CLASS_NAMES, NUM_CLASSES
 from segformer3d.metrics import DEPTH_MAX_M, ConfusionMatrix, DepthErrors
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from segformer3d.config import DepthCodec, WeightsInfo
     from segformer3d.datasets.sample import Sample, SampleSource
     from segformer3d.predictor import Predictions, Predictor
-
-DEFAULT_SHORT_SIDE_PX = Geometry.short_side_px
 
 _DEPTH_COLUMNS = (
     ("AbsRel", "abs_rel"),
@@ -109,7 +107,7 @@ def evaluate(
     Raises:
         DatasetError: A sample cannot be read.
     """
-    side = multiple_of_32(short_side_px or info.short_side_px or DEFAULT_SHORT_SIDE_PX)
+    side = short_side_of(short_side_px or info.short_side_px)
     number = min(limit or len(source), len(source))
     indices = [place * len(source) // number for place in range(number)]
     classes, depth = measure(
@@ -185,11 +183,6 @@ def measure(
     )
 
 
-def multiple_of_32(side_px: int) -> int:
-    """Return the multiple of 32 nearest to a side, at least 32."""
-    return max(1, round(side_px / SIDE_MULTIPLE_PX)) * SIDE_MULTIPLE_PX
-
-
 def save_confusion_picture(matrix: ConfusionMatrix, path: Path) -> None:
     """Draw the classes of the labels against the predictions, in percent of each row.
 
@@ -232,7 +225,7 @@ class _Prepared:
     @classmethod
     def of(cls, sample: Sample, short_side_px: int) -> _Prepared:
         height, width = sample.image.shape[:2]
-        geometry = Geometry(short_side_px=multiple_of_32(short_side_px))
+        geometry = Geometry(short_side_px=short_side_of(short_side_px))
         try:
             size = input_size(width, height, geometry)
         except FrameSizeError as error:

@@ -52,6 +52,12 @@ class Geometry:
                 raise ValueError(message)
 
 
+def short_side_of(trained_px: int | None) -> int:
+    """Return the short side for weights trained at one: the nearest multiple of 32, else 512."""
+    side_px = Geometry.short_side_px if trained_px is None else trained_px
+    return max(1, round(side_px / SIDE_MULTIPLE_PX)) * SIDE_MULTIPLE_PX
+
+
 def input_size(width: int, height: int, geometry: Geometry) -> tuple[int, int]:
     """Model input size ``(width, height)`` of a frame of that oriented size.
 

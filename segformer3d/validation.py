@@ -9,8 +9,8 @@ import torch
 from segformer3d.augment import resized
 from segformer3d.batches import batch_of
 from segformer3d.collective import alone, gather, rank, world_size
-from segformer3d.evaluation import measure, multiple_of_32
-from segformer3d.geometry import Geometry, input_size
+from segformer3d.evaluation import measure
+from segformer3d.geometry import Geometry, input_size, short_side_of
 from segformer3d.metrics import ConfusionMatrix, DepthErrors
 from segformer3d.network import input_affine
 from segformer3d.objective import LossSums
@@ -117,7 +117,7 @@ class Validation:
     def _losses(self, model: Segformer3D, source: SampleSource, indices: Sequence[int]) -> LossSums:
         """Add the losses up over whole frames, each at the size at which it is measured."""
         sums = LossSums()
-        geometry = Geometry(short_side_px=multiple_of_32(self._side))
+        geometry = Geometry(short_side_px=short_side_of(self._side))
         scale, bias = self._affine
         for index in indices:
             sample = source[index]

@@ -43,9 +43,9 @@ from segformer3d.weights_file import (
     METADATA_KEY,
     WeightsError,
     check_fit,
+    check_weights,
     first_names,
     local_path,
-    read_info,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def model_from_bytes(data: bytes) -> tuple[Segformer3D, WeightsInfo]:
     Raises:
         WeightsError: They are no weights file of this project, or the tensors do not fit.
     """
-    info = read_info(data)
+    info = check_weights(data)
     return _fitted_model(info.config, _load_safetensors(data)), info
 
 
@@ -145,6 +145,8 @@ def import_weights(
         OSError: A file cannot be read.
     """
     path = local_path(source)
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise WeightsError(f"{path}: neither a file nor a folder")
     try:
         if path.is_dir():
             model, info = _import_huggingface(path)

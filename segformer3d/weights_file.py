@@ -11,6 +11,7 @@ from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from segformer3d.config import WeightsInfo
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 METADATA_KEY = "segformer3d"
 NAMES_SHOWN = 3
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
+# The bits of a float's exponent.
+_EXPONENTS = {
+    "F64": 0x7FF0000000000000,
+    "F32": 0x7F800000,
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+}
 HEADER_BYTES_MAX = 100_000_000  # the format's own limit
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -60,7 +68,7 @@ def read_info(source: bytes | str | PathLike[str]) -> WeightsInfo:
 
 
 def check_weights(data: bytes) -> WeightsInfo:
-    """Check that a file's tensors are those of its network, but for a network of timm's.
+    """Check that a file's tensors are numbers, and those of its network unless it is timm's.
 
     Raises:
         WeightsError: It is no weights file of this project, or the tensors do not fit.
@@ -70,10 +78,22 @@ def check_weights(data: bytes) -> WeightsInfo:
         tensors: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise WeightsError(f"damaged ({error}): fetch it again") from error
+    broken = [name for name, tensor in tensors if not _is_finite(tensor["dtype"], tensor["data"])]
+    if broken:
+        raise WeightsError(f"values that are no finite numbers in {first_names(broken)}")
     if not info.config.timm_name:
         found = {name: tuple(tensor["shape"]) for name, tensor in tensors}
         check_fit(found, tensor_shapes(info.config))
     return info
+
+
+def _is_finite(dtype: str, data: bytes) -> bool:
+    """Whether none of a tensor's numbers has the exponent of infinity and of what is no number."""
+    if dtype not in _EXPONENTS:
+        return True
+    bits = np.frombuffer(data, f"<u{_EXPONENTS[dtype].bit_length() // 8 + 1}")
+    exponent = bits.dtype.type(_EXPONENTS[dtype])
+    return not bool(((bits & exponent) == exponent).any())
 
 
 def check_fit(found: Shapes, expected: Shapes) -> None:

@@ -184,9 +184,15 @@ def _object_store(
         "timeout": timedelta(seconds=timeout_s),
     }
     bundle = os.environ.get("AWS_CA_BUNDLE")
-    if bundle:
+    if not bundle:
+        return ObjectStore(bucket, client_options=options, **arguments)
+    try:
         options["root_certificate"] = Path(bundle).read_bytes()
-    return ObjectStore(bucket, client_options=options, **arguments)
+        return ObjectStore(bucket, client_options=options, **arguments)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"AWS_CA_BUNDLE={bundle}: no certificates can be read there: {reason}"
+        raise UserError(message) from error
 
 
 def _retries() -> "RetryConfig":

@@ -1,9 +1,39 @@
 """What is said while something lasts."""
 
+import subprocess
+import sys
 import time
+
+import pytest
 
 from jobs import progress
 from jobs.progress import Progress
+
+
+@pytest.mark.parametrize("redirected", ["2>&-", "2>/dev/full"])
+def test_nobody_need_hear_it(redirected):
+    """Nor does what opens next get the number of the standard error that is closed."""
+    program = (
+        "import os, sys\n"
+        "from jobs import cli, progress\n"
+        "progress.sys.stderr is None and progress.hush()\n"
+        "taken = os.open(os.devnull, os.O_RDONLY)\n"
+        "progress.say('one')\n"
+        "with progress.Progress('annotating', 3) as bar:\n"
+        "    bar.advance(3)\n"
+        "    bar._line()\n"
+        "progress.say('two')\n"
+        "sys.exit(7 if taken > 2 else 8)\n"
+    )
+    command = f'exec "$0" -c "$1" {redirected}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, program], check=False)
+    assert done.returncode == 7
+
+
+def test_a_verb_without_standard_error():
+    command = 'exec "$0" -m jobs.cli weights show 2>&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, check=False)
+    assert (done.returncode, done.stdout[:7] != b"") == (0, True)
 
 
 def test_a_stall_is_told_each_time_and_progress_is_none(monkeypatch, capsys):

@@ -6,9 +6,11 @@ import subprocess
 import threading
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.claim import claim_job, load_weights, reopen_job
+from jobs.dry_run import dry_run
 from jobs.lease import (
     Heartbeat,
     Pulse,
@@ -19,6 +21,7 @@ from jobs.lease import (
     take_lease,
 )
 from jobs.manifest import Manifest
+from jobs.planner import Planner
 from jobs.runner import _Driver, pending_parts
 from jobs.spec import check_spec
 from pipeline import graph
@@ -32,7 +35,7 @@ from pipeline.errors import (
 from pipeline.layout import Generation, heartbeat_key
 from pipeline.records import canonical_json
 from pipeline.storage import StorageOptions, open_store
-from segformer3d.weights import untrained_weights
+from segformer3d.weights import model_from_bytes, untrained_weights, weights_to_bytes
 from tests.jobs.job_parts import TINY, make_job, tiny_weights
 
 
@@ -55,6 +58,22 @@ def test_a_job_holds_its_own_weights(spec, tmp_path):
     again = reopen_job(job.store.url, StorageOptions())
     assert again.record == job.record
     assert again.store.read(again.record.weights_key) == tiny_weights()
+
+
+def test_the_weights_decide_the_size_of_frames(spec, tmp_path):
+    model, info = model_from_bytes(tiny_weights())
+    sized = weights_to_bytes(model, dataclasses.replace(info, short_side_px=96))
+    (tmp_path / "tiny.safetensors").write_bytes(sized)
+    job = claim_job(spec)
+    assert job.record.identity["geometry.short_side_px"] == 96
+    list((planner := Planner(job.spec)).shards())
+    again = reopen_job(job.store.url, StorageOptions())
+    assert again.plan().plan_id == planner.plan().plan_id == dry_run(spec).plan.plan_id
+    assert claim_job(spec).record == job.record
+    parts = again.store.read(again.plan().parts[0].key)
+    sides = pq.read_table(pa.BufferReader(parts)).to_pylist()
+    # 32 is the size of what cannot be read.
+    assert {min(row["input_width_px"], row["input_height_px"]) for row in sides} == {32, 96}
 
 
 def test_weights_that_were_never_left_there_are_fetched_again(spec):

@@ -20,9 +20,24 @@ def spec(**sections):
 
 def test_defaults_need_only_input_and_output():
     job = spec()
-    assert job.geometry.short_side_px == 512
+    assert job.geometry.short_side_px is None
     assert job.sampling.every_nth == 1
     assert job.output.class_ids_size == "input"
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained_px", "side"),
+    [(None, 352, 352), (None, 375, 384), (None, None, 512), (64, 352, 64), (None, 10**9, 4096)],
+)
+def test_frames_have_the_size_that_weights_were_trained_at(asked, trained_px, side):
+    job = spec(geometry={"short_side_px": asked}).sized_for(trained_px)
+    assert job.geometry.geometry().short_side_px == side
+    assert job.identity()["geometry.short_side_px"] == side
+
+
+def test_a_job_file_without_end(tmp_path):
+    with pytest.raises(UserError, match="/dev/zero: over 1 MiB, which no job file is"):
+        load_spec("/dev/zero", [], {})
 
 
 def test_yaml_with_overrides_and_flags(tmp_path):

@@ -1247,3 +1247,16 @@ def test_no_server_outlives_its_starter(project_root: Path, tmp_path: Path):
             return
         time.sleep(0.05)
     pytest.fail("the server is still there")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_bundle_of_certificates_that_cannot_be_read_is_named(monkeypatch, tmp_path, there):
+    bundle = tmp_path / "ca.pem"
+    if there:
+        bundle.write_text("no certificate")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:1")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
+    with pytest.raises(UserError, match=f"AWS_CA_BUNDLE={bundle}: no certificates can be read"):
+        list(open_store("s3://bucket/x").list())

@@ -8,7 +8,8 @@ import pytest
 
 from segformer3d.config import METRIC_DEPTH, ORIGIN_DEPTH, ModelConfig, WeightsInfo
 from segformer3d.datasets import IDENTITY_GROUPS, DatasetError, Sample
-from segformer3d.evaluation import evaluate, measure, multiple_of_32, save_confusion_picture
+from segformer3d.evaluation import evaluate, measure, save_confusion_picture
+from segformer3d.geometry import short_side_of
 from segformer3d.metrics import ConfusionMatrix
 from segformer3d.predictor import Predictions
 
@@ -181,7 +182,7 @@ def test_a_frame_that_no_input_fits_is_named():
 
 
 def test_sides_are_rounded_to_what_the_model_takes():
-    assert [multiple_of_32(side) for side in (1, 32, 360, 375, 512)] == [32, 32, 352, 384, 512]
+    assert [short_side_of(side) for side in (1, 32, 360, 375, 512)] == [32, 32, 352, 384, 512]
     info = replace(INFO, short_side_px=70)
     assert evaluate(Oracle(), Frames([grey(1)]), info=info).short_side_px == 64
 

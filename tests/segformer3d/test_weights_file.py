@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,13 @@ from segformer3d.config import METRIC_DEPTH, ModelConfig, WeightsInfo
 from segformer3d.model import build_model
 from segformer3d.tensor_shapes import tensor_shapes
 from segformer3d.weights import model_from_bytes, untrained_weights
-from segformer3d.weights_file import METADATA_KEY, WeightsError, bundled_weights, check_weights
+from segformer3d.weights_file import (
+    METADATA_KEY,
+    WeightsError,
+    bundled_weights,
+    check_weights,
+    read_info,
+)
 
 TINY = "mit:16,32,80,128:1,2,2,1"
 
@@ -89,6 +96,19 @@ def with_header(data, change):
 def test_only_timm_knows_its_own_layers():
     with pytest.raises(ValueError, match="timm alone"):
         tensor_shapes(ModelConfig(variant="timm:resnet18"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_values_that_are_no_numbers_are_refused(dtype, value):
+    data = untrained_weights(TINY)
+    state = {name: held.to(getattr(torch, dtype)) for name, held in load(data).items()}
+    assert check_weights(as_file(state, read_info(data))) == read_info(data)
+    name = sorted(state)[7]
+    state[name].view(-1)[-1] = float(value)
+    for reader in (check_weights, model_from_bytes):
+        with pytest.raises(WeightsError, match=f"no finite numbers in {re.escape(name)}$"):
+            reader(as_file(state, read_info(data)))
 
 
 def test_a_driver_checks_weights_without_torch(tmp_path):
