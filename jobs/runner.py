@@ -246,7 +246,8 @@ class _Driver:
                     num_actors=resources.max_actors,
                     num_io_tasks=resources.max_io_tasks,
                 )
-                say(busy_line(self.busy))
+                if self.num_computed:
+                    say(busy_line(self.busy))
                 manifest = self._manifest(plan)
                 self.num_done = manifest.num_done
                 missing_pngs = self._missing_pngs()
