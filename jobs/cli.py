@@ -21,8 +21,8 @@ import click
 from jobs.cli_evaluate import evaluate
 from jobs.cli_model import attention, predict
 from jobs.cli_train import fetch, train
+from jobs.progress import hush, say, tell
 from pipeline.errors import (
-    JobError,
     ObjectForbiddenError,
     Segformer3dError,
     UserError,
@@ -40,8 +40,6 @@ Command = Callable[..., Any]
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script."""
     if sys.stderr is None:
-        from jobs.progress import hush
-
         hush()
     sys.excepthook = _print_traceback
     threading.excepthook = _print_thread_s_traceback
@@ -284,7 +282,7 @@ def weights_import(source: str, target: str, half: bool) -> None:
     """Turn the origin's .pt, an NVlabs .pth or a Hugging Face folder into our format."""
     from jobs.weights import import_to_file
 
-    click.echo(import_to_file(source, target, half=half))
+    tell(import_to_file(source, target, half=half))
 
 
 @weights.command("show")
@@ -332,8 +330,6 @@ def _report(result: Any, as_json: bool) -> int:
     )
     _print(asdict(result), as_json, text)
     if result.outcome == "interrupted":
-        from jobs.progress import say
-
         say(f"go on with: segformer3d resume {shlex.quote(result.url)}")
     return _exit_code(result.outcome)
 
@@ -346,13 +342,7 @@ def _exit_code(outcome: str) -> int:
 def _print(fields: object, as_json: bool, text: str) -> None:
     # A last look: texts are made of what strangers have stored.
     shown = "\n".join(map(without_controls, text.split("\n")))
-    try:
-        click.echo(json.dumps(fields, indent=2) if as_json else shown)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        message = f"standard output cannot be written: {error.strerror}"
-        raise JobError(message) from None
+    tell(json.dumps(fields, indent=2) if as_json else shown)
 
 
 if __name__ == "__main__":

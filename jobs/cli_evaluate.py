@@ -4,6 +4,8 @@ import json
 
 import click
 
+from jobs.progress import tell
+
 
 @click.command()
 @click.argument("weights", metavar="WEIGHTS")
@@ -60,4 +62,4 @@ def evaluate(
         device=device,
     )
     fields = report_fields(measured, weights, dataset)
-    click.echo(json.dumps(fields, indent=2) if as_json else measured.text())
+    tell(json.dumps(fields, indent=2) if as_json else measured.text())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobs.progress import tell
+
 if TYPE_CHECKING:
     from jobs.attend import Mode
     from jobs.picturing import FileReport
@@ -52,7 +54,7 @@ def predict(as_json: bool, **given: Any) -> int:
 
     reports = run(PictureRequest(**given))
     if as_json:
-        click.echo(json.dumps([report_fields(report) for report in reports], indent=2))
+        tell(json.dumps([report_fields(report) for report in reports], indent=2))
     else:
         _print_outputs(reports)
     return _exit_code(reports)
@@ -109,7 +111,7 @@ def _point(value: str | None) -> tuple[float, float] | None:
 def _print_outputs(reports: "Sequence[FileReport]") -> None:
     for report in reports:
         if report.output is not None:
-            click.echo(os.fsencode(report.output))  # whatever bytes the path has
+            tell(os.fsencode(report.output))  # whatever bytes the path has
 
 
 def _exit_code(reports: "Sequence[FileReport]") -> int:

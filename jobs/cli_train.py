@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobs.progress import say, tell
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -39,9 +41,9 @@ def train(overrides: "Sequence[str]", as_json: bool, **given: Any) -> int:
     report = run(TrainRequest(overrides=tuple(overrides), **given))
     if report.is_first:
         fields = {name: value for name, value in asdict(report).items() if name != "is_first"}
-        click.echo(json.dumps(fields, indent=2) if as_json else report.text())
+        tell(json.dumps(fields, indent=2) if as_json else report.text())
         if report.go_on is not None:
-            click.echo(f"go on with: {report.go_on}", err=True)
+            say(f"go on with: {report.go_on}")
     return _EXIT_INTERRUPTED if report.outcome == "interrupted" else _EXIT_DONE
 
 
@@ -59,4 +61,4 @@ def fetch(name: str, target: str, revision: str | None, sha256: str | None, as_j
     from jobs.fetch import fetch_weights
 
     report = fetch_weights(name, target, revision=revision, sha256=sha256)
-    click.echo(json.dumps(asdict(report), indent=2) if as_json else report.text())
+    tell(json.dumps(asdict(report), indent=2) if as_json else report.text())

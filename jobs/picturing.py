@@ -202,7 +202,15 @@ def picture_all(
     reports = []
     with _files_progress(len(outputs)) as advance:
         for file, output in zip(found.files, outputs, strict=True):
-            report = _picture_file(file, output, new_painter(), limits)
+            try:
+                report = _picture_file(file, output, new_painter(), limits)
+            except UserError as error:
+                if len(outputs) == 1:
+                    raise
+                # What was asked for suits other files.
+                report = FileReport(
+                    file=file.path, kind=file.kind, error_kind="unsupported", error=str(error)
+                )
             if report.error is not None:
                 say(f"{report.file}: {report.error_kind}: {report.error}")
             reports.append(report)

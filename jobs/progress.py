@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Never, Self, TypeVar
 
+import click
 from tqdm import tqdm
 
-from pipeline.errors import without_controls
+from pipeline.errors import JobError, without_controls
 from pipeline.urls import redact
 
 _LINE_EVERY_S = 10.0
@@ -113,6 +114,22 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, unit: str)
         for item in items:
             yield item
             progress.advance(1)
+
+
+def tell(result: str | bytes) -> None:
+    """Print a result on standard output.
+
+    Raises:
+        BrokenPipeError: Nobody reads it any more.
+        JobError: It cannot be written for another reason, as on a full disk.
+    """
+    try:
+        click.echo(result)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        message = f"standard output cannot be written: {error.strerror}"
+        raise JobError(message) from None
 
 
 def say(message: str) -> None:

@@ -42,6 +42,18 @@ def test_an_image_gives_a_grid_per_mode(run, tmp_path):
     assert (at != mean).any()
 
 
+def test_a_place_that_not_every_file_has(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, size in {"a": (192, 128), "b": (96, 64), "c": (192, 128)}.items():
+        (tmp_path / "in" / f"{name}.png").write_bytes(encode_cv2(picture(*size), ".png"))
+    code, out, err = run(tmp_path / "in", "--at", "150,100")
+    assert (code, out.split()) == (
+        3,
+        ["in_attention/a_attention.png", "in_attention/c_attention.png"],
+    )
+    assert "b.png: unsupported: --at 150,100: outside the frame, which is 96x64" in err
+
+
 def test_the_query_moves_its_mark_in_the_upright_frame(run, tmp_path):
     (tmp_path / "a.jpg").write_bytes(encode_image(picture(192, 128), "JPEG", orientation=6))
     run(tmp_path / "a.jpg", "--at", "20,150", "--output", "corner.png")

@@ -12,7 +12,7 @@ import pytest
 from jobs import cli
 from jobs.lease import Heartbeat, beat, is_cancelled, take_lease
 from segformer3d.weights import model_from_bytes, untrained_weights, weights_to_bytes
-from tests.jobs.job_parts import TINY, finish_job, make_job
+from tests.jobs.job_parts import TINY, finish_job, make_job, tiny_weights
 
 
 @pytest.fixture
@@ -186,11 +186,17 @@ def test_weights_that_end_early_are_not_shown_as_good(run, tmp_path):
     assert "bytes of tensors instead of" in complaint(run("weights", "show", path))
 
 
-def test_standard_output_on_a_full_disk(job):
+@pytest.mark.parametrize("verb", ["status", "weights import"])
+def test_standard_output_on_a_full_disk(job, tmp_path, verb):
     finish_job(job)
+    (tmp_path / "w.safetensors").write_bytes(tiny_weights())
+    words = {
+        "status": ["status", job.store.url],
+        "weights import": ["weights", "import", tmp_path / "w.safetensors", tmp_path / "to.st"],
+    }
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "jobs.cli", "status", job.store.url],
+            [sys.executable, "-m", "jobs.cli", *words[verb]],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
