@@ -248,6 +248,7 @@ def planned(archive: str, output: str, shard_frames: int) -> tuple[StageContext,
         {
             "input": {"url": archive},
             "output": {"url": output},
+            "geometry": {"short_side_px": SIZE[1]},
             "shard": {"frames": shard_frames},
         },
         "the benchmark",

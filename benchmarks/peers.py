@@ -87,6 +87,8 @@ def run_ours(archive: Path, output: Path, cpus: int, graph: str = "staged") -> N
     fields = {
         "input": {"url": str(archive)},
         "output": {"url": str(output)},
+        # As the peers; by default it would be that of the weights' training.
+        "geometry": {"short_side_px": 512},
         "shard": {"frames": 16},
         "ray": {"num_cpus": cpus, "graph": graph},
     }

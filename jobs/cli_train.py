@@ -20,7 +20,7 @@ _EXIT_DONE, _EXIT_INTERRUPTED = 0, 130
 @click.option("--max-minutes", type=float, metavar="M", help="Stop after so many minutes.")
 @click.option(
     "--num-workers",
-    type=click.IntRange(1, 10_000),
+    type=click.IntRange(max=10_000),
     default=1,
     show_default=True,
     metavar="N",

@@ -49,6 +49,8 @@ def encode_cv2(pixels: UInt8Array, extension: str) -> bytes:
         bgr = bgr.astype(np.float32) / 255
     if extension in (".pgm", ".pbm"):
         bgr = bgr[..., 0]
+    # JPEG by another name.
+    extension = ".jpg" if extension == ".jfif" else extension
     done, data = cv2.imencode(extension, np.ascontiguousarray(bgr))
     assert done
     return data.tobytes()

@@ -68,7 +68,7 @@ def complaint(result):
         (["weights", "import", "none.pt", "OUT"], "no such file"),
         (["weights", "import", "FILE", "OUT"], "weights"),
         (["weights", "import", "/dev/zero", "OUT"], "/dev/zero: neither a file nor a folder"),
-        (["train", "x.yaml", "--output", "OUT", "--num-workers", "99999"], "1<=x<=10000"),
+        (["train", "x.yaml", "--output", "OUT", "--num-workers", "99999"], "x<=10000"),
         (["fly"], "No such command"),
         (["demo", "--folder", "FILE"], "cannot write there: "),
         (["demo", "--folder", "/proc/x"], "cannot write there: "),
