@@ -172,7 +172,7 @@ class ShardSection(_Section):
         64,
         ge=1,
         le=4096,
-        description="Frames per shard, about; the first, and the last of images, have 16.",
+        description="Frames per shard, about; the first and the last have 16.",
     )
 
 
