@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from jobs.footage import Found, SourceFile
 from pipeline.errors import InputError, JobError, UserError
@@ -28,8 +28,6 @@ SUFFIXES: dict[AssetKind, str] = {"image": ".png", "video": ".mp4"}
 _DEFAULT_RATE = Fraction(25)
 _LEAST_RATE = Fraction(1, 1001)
 _CRF = "20"
-# FFmpeg's number for it, of matrix, primaries and transfer alike.
-_BT709 = 1
 _MAX_SHOWN_CHARS = 200
 # Of file systems.
 _NAME_MAX_BYTES = 255
@@ -160,11 +158,11 @@ class VideoWriter:
         self._stream.width, self._stream.height = size
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = time_base
-        # Said in the file, or players guess, by its size.
-        self._stream.codec_context.colorspace = _BT709
-        self._stream.codec_context.color_primaries = _BT709
-        self._stream.codec_context.color_trc = _BT709
+        # What libswscale makes of RGB, said in the file: players would guess, by its size.
+        self._stream.codec_context.colorspace = Colorspace.ITU601
         self._stream.codec_context.color_range = ColorRange.MPEG
+        self._stream.codec_context.color_primaries = ColorPrimaries.BT709
+        self._stream.codec_context.color_trc = ColorTrc.BT709
         # With B-frames and a variable rate, the container's length would be that of the decoding
         # times, not of the times shown.
         self._stream.options = {"crf": _CRF, "preset": "veryfast", "bf": "0"}
@@ -179,8 +177,7 @@ class VideoWriter:
 
     def write(self, picture: UInt8Array) -> None:
         """Append the next frame, uint8 ``(H, W, 3)`` RGB."""
-        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-        frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
         frame.pts, frame.time_base = self._pts[self._written], self._time_base
         self._written += 1
         self._encode(frame)

@@ -11,8 +11,30 @@ from pipeline.records import Asset, AssetKind
 from pipeline.storage import ObjectInfo, Store, escape_path
 
 IMAGE_EXTENSIONS = frozenset(
-    "avif bmp dib gif hdr jfif jp2 jpe jpeg jpg pam pbm pgm pic png pnm ppm".split()  # noqa: SIM905
-    + "ras sr tif tiff webp".split()  # noqa: SIM905
+    [
+        "avif",
+        "bmp",
+        "dib",
+        "gif",
+        "hdr",
+        "jfif",
+        "jp2",
+        "jpe",
+        "jpeg",
+        "jpg",
+        "pam",
+        "pbm",
+        "pgm",
+        "pic",
+        "png",
+        "pnm",
+        "ppm",
+        "ras",
+        "sr",
+        "tif",
+        "tiff",
+        "webp",
+    ]
 )
 VIDEO_EXTENSIONS = frozenset("avi m2ts m4v mkv mov mp4 mts ts webm".split())  # noqa: SIM905
 TAR_EXTENSION = "tar"

@@ -11,7 +11,7 @@ import av
 import cv2
 import numpy as np
 import pytest
-from av.video.reformatter import ColorRange
+from av.video.reformatter import ColorRange, Colorspace
 
 from jobs import cli, footage
 from jobs.picture_files import VideoWriter, output_paths
@@ -224,7 +224,7 @@ def test_a_video_keeps_every_frame_its_rate_and_its_length(
         span = num_frames * step / ticks_per_second
         assert after["duration_s"] == pytest.approx(span, abs=2e-3)
     for left, right in zip(before["pixels"], after["pixels"], strict=True):
-        assert mean_difference(left, right[:64, :96]) < 4.5
+        assert mean_difference(left, right[:64, :96]) < 4
 
 
 def test_a_variable_frame_rate_keeps_its_times(run, tmp_path):
@@ -507,7 +507,8 @@ def test_a_video_says_how_its_colours_are_meant(tmp_path):
             writer.write(pixels)
     with av.open(str(tmp_path / "c.mp4")) as container:
         frame = next(container.decode(video=0))
-    assert (frame.colorspace, frame.color_primaries, frame.color_trc) == (1, 1, 1)
+    assert frame.colorspace == Colorspace.ITU601
+    assert (frame.color_primaries, frame.color_trc) == (1, 1)
     assert frame.color_range == ColorRange.MPEG
     seen = frame.to_ndarray(format="rgb24").astype(int)
     inside = [seen[16:48, 32 * index + 8 : 32 * index + 24] for index in range(len(colours))]
