@@ -17,6 +17,8 @@ import triton.knobs
 import triton.language as tl
 from torch import Tensor
 
+from segformer3d.gpu_launch import launch
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE_MIN = 16  # what a side of a tile of the tensor cores holds at least
 TAPS = 7  # of the stem's convolution, per side
@@ -159,7 +161,8 @@ def embed_pixels(
     out_h, out_w = height // STEM_STRIDE, width // STEM_STRIDE
     out_bhwc = weight_tjc.new_empty((b, out_h, out_w, channels))
     grid = (b * out_h, triton.cdiv(out_w, STEM["PIXELS"]))
-    _stem[grid](
+    launch(
+        _stem, grid,
         pixels_bhwc, offset_3, rim_3, weight_tjc, norm.shift, norm.scale, norm.bias, out_bhwc,
         height, width, out_h, out_w, channels, norm.eps,
         CHANNELS=padded(channels), NUM_TAPS=TAPS, BYTES=TAP_BYTES, STRIDE=STEM_STRIDE, **STEM,
@@ -201,7 +204,8 @@ def _launch_norm(x: Tensor, norm: Norm, out: Tensor, *, shares: int) -> None:
     count = out.numel() // channels
     side = triton.next_power_of_2(channels)
     rows = max(1, NORM_FLOATS // side)
-    _norm[triton.cdiv(count, rows),](
+    launch(
+        _norm, (triton.cdiv(count, rows),),
         x, norm.shift, norm.scale, norm.bias, out, count, channels, norm.eps,
         SHARES=shares, ROWS=rows, CHANNELS=side,
     )  # fmt: skip
@@ -251,7 +255,8 @@ def norm_linear(x: Tensor, norm: Norm, weight_cf: Tensor, bias_f: Tensor) -> Ten
     channels, features = weight_cf.shape
     count = x.numel() // channels
     out = x.new_empty((*x.shape[:-1], features))
-    _norm_linear[triton.cdiv(count, PRODUCT["ROWS"]),](
+    launch(
+        _norm_linear, (triton.cdiv(count, PRODUCT["ROWS"]),),
         x, norm.shift, norm.scale, norm.bias, weight_cf, bias_f, out,
         count, channels, features, norm.eps, CHANNELS=padded(channels), **PRODUCT,
     )  # fmt: skip
@@ -334,9 +339,8 @@ def depthwise_gelu(x_bhwc: Tensor, weight_9c: Tensor, bias_c: Tensor) -> Tensor:
     b, h, w, c = x_bhwc.shape
     out_bhwc = torch.empty_like(x_bhwc)
     tiles = triton.cdiv(w, 2 * CONVOLUTION["PAIRS"]) * triton.cdiv(c, CONVOLUTION["CHANNELS"])
-    _depthwise_gelu[tiles, b * triton.cdiv(h, CONVOLUTION["STRIP"])](
-        x_bhwc, weight_9c, bias_c, out_bhwc, h, w, c, **CONVOLUTION
-    )
+    grid = (tiles, b * triton.cdiv(h, CONVOLUTION["STRIP"]))
+    launch(_depthwise_gelu, grid, x_bhwc, weight_9c, bias_c, out_bhwc, h, w, c, **CONVOLUTION)
     return out_bhwc
 
 
@@ -393,7 +397,8 @@ def reduce_patches(x_bhwc: Tensor, weight_vc: Tensor, stride: int, norm: Norm) -
     # The rows of a patch in programs of their own: there are few patches, and they are long.
     sums_smc = x_bhwc.new_empty((stride, count, c), dtype=torch.float32)
     grid = (triton.cdiv(count, REDUCTION["ROWS"]), triton.cdiv(c, REDUCTION["FEATURES"]), stride)
-    _reduce[grid](
+    launch(
+        _reduce, grid,
         x_bhwc, weight_vc, sums_smc, count, h // stride, w // stride, c,
         STRIDE=stride, **REDUCTION,
     )  # fmt: skip
@@ -495,13 +500,14 @@ def add_attention(
     """
     b, h, w, c = x_bhwc.shape
     own = c // num_heads
-    launch = ATTENTION if own >= 64 else THIN_ATTENTION
+    tile = ATTENTION if own >= 64 else THIN_ATTENTION
     out_bhwc = x_bhwc if num_heads == 1 else torch.empty_like(x_bhwc)
-    _attend[triton.cdiv(h * w, launch["ROWS"]), b, num_heads](
+    launch(
+        _attend, (triton.cdiv(h * w, tile["ROWS"]), b, num_heads),
         x_bhwc, norm.shift, norm.scale, norm.bias, query_cc, query_bias_c, kv_bmf, out_cc,
         out_bhwc, h * w, kv_bmf.shape[1], c, norm.eps,
         IS_ONLY=num_heads == 1, WIDTH=padded(own), OWN=own, CHANNELS=padded(c),
-        IS_EVEN=kv_bmf.shape[1] % launch["KEYS"] == 0, **launch,
+        IS_EVEN=kv_bmf.shape[1] % tile["KEYS"] == 0, **tile,
     )  # fmt: skip
     if num_heads > 1:
         x_bhwc.view(-1, c).addmm_(out_bhwc.view(-1, c), out_cc.T)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from segformer3d.gpu_blocks import padded
+from segformer3d.gpu_launch import launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,7 +207,8 @@ def fused_heads(
     tiles = triton.cdiv(h, HEADS["ROWS"]) * triton.cdiv(w, HEADS["COLUMNS"])
     outs_boq = finest_bhwc.new_empty((b, outputs, h, w), dtype=torch.float32)
     numbers = finest_bhwc.new_empty((b, tiles, 3), dtype=torch.float32)
-    _heads[tiles, b](
+    launch(
+        _heads, (tiles, b),
         finest_bhwc, weight_cn, first, second, third, predict_on, predict_bias_o,
         outs_boq, numbers, h, w, c, weight_cn.shape[1], outputs, classes,
         AROUND1=_around(2), AROUND2=_around(4), AROUND3=_around(8),
@@ -294,8 +296,11 @@ def resolve_largest(logits_bkq: Tensor, size: tuple[int, int]) -> Tensor:
     ids_byx = logits_bkq.new_empty((b, height, width), dtype=torch.uint8)
     if size == (4 * h, 4 * w):
         cells = (b, triton.cdiv((h + 1) * (w + 1), IDS["CELLS"]))
-        _class_ids_of_cells[cells](logits_bkq, ids_byx, h, w, k, logits_bkq.stride(0), **IDS)
+        stride_b = logits_bkq.stride(0)
+        launch(_class_ids_of_cells, cells, logits_bkq, ids_byx, h, w, k, stride_b, **IDS)
         return ids_byx
-    grid = (b, height, triton.cdiv(width, _ROW))
-    _class_ids[grid](logits_bkq, ids_byx, h, w, height, width, k, logits_bkq.stride(0), ROW=_ROW)
+    launch(
+        _class_ids, (b, height, triton.cdiv(width, _ROW)),
+        logits_bkq, ids_byx, h, w, height, width, k, logits_bkq.stride(0), ROW=_ROW,
+    )  # fmt: skip
     return ids_byx

@@ -1,8 +1,8 @@
-"""Micro-batches on their way through a GPU: two at a time, each recorded as a CUDA graph.
+"""Micro-batches on their way through a GPU: three at a time, each recorded as a CUDA graph.
 
 A lane is a stream with a graph and pinned memory for its frames; what comes back is copied to where
-the caller finds it. While one lane computes, the other copies, and the host, which only waits for
-room for the next frames, is ahead of both: so far that the frames of the next call can set out
+the caller finds it. While two lanes compute, the third copies, and the host, which only waits for
+room for the next frames, is ahead of them: so far that the frames of the next call can set out
 before those of the last one are through.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-LANES = 2
+LANES = 3  # two that compute and one that copies
 PINNED_BYTES_MAX = 2**30  # of one kind of results of a call
 SHAPES_MAX = 4  # whose graphs are kept: each holds the memory of its activations
 CALLS_TO_RECORD = 2  # recording does not pay for a single picture
@@ -224,7 +224,8 @@ class _Lane:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self.outs = annotate(self._pixels)
-        self._has_room = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Whoever waits lets the core go: decoding wants it.
+        self._has_room = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def start(self, frames: Frames, results: Sequence[Tensor | None]) -> None:
         """Set out with as many frames as the lane is wide, or fewer: the rest stays as it is.

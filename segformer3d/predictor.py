@@ -310,6 +310,7 @@ def _gpu_network(
     try:
         from triton.errors import TritonError
 
+        from segformer3d.gpu_launch import compiling_together
         from segformer3d.gpu_network import GpuNetwork
     except ImportError as error:
         _log.warning("the GPU runs without fused kernels: %s", error)
@@ -320,9 +321,13 @@ def _gpu_network(
         with torch.inference_mode(), torch.cuda.device(device):
             # Triton compiles anew for sides of 1 and for sides that 16 divides: both, while what
             # cannot be compiled can still be done without.
-            for side in (SIDE_MULTIPLE, 16 * SIDE_MULTIPLE):
-                pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
-                network(pixels, (side, side))
+            squares = [
+                torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
+                for side in (SIDE_MULTIPLE, 16 * SIDE_MULTIPLE)
+            ]
+            with compiling_together():
+                _run_all(network, squares)
+            _run_all(network, squares)
             torch.cuda.synchronize(device)
     except torch.AcceleratorError:
         raise
@@ -335,6 +340,11 @@ def _gpu_network(
         _log.warning("the GPU runs without fused kernels: %s", error)
         return None
     return network
+
+
+def _run_all(network: Callable[[Tensor, tuple[int, int]], Outputs], squares: list[Tensor]) -> None:
+    for pixels_bhwc in squares:
+        network(pixels_bhwc, (pixels_bhwc.shape[1], pixels_bhwc.shape[2]))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from segformer3d import gpu_kernels as kernels
 from segformer3d import gpu_network
 from segformer3d.config import Preprocessing
 from segformer3d.gpu_encoder import GpuEncoder
+from segformer3d.gpu_launch import compiling_together
 from segformer3d.heads import FoldedHeads
 from segformer3d.layers import resize_bilinear
 from segformer3d.network import Input, Network
@@ -51,6 +52,16 @@ def normed_by_torch(x, norm):
 @pytest.mark.parametrize("channels", [6, 40, 130])
 def test_norms_are_those_of_torch(channels):
     x, norm = random(3, 5, channels), norm_of(channels)
+    torch.testing.assert_close(
+        blocks.layer_norm(x, norm), normed_by_torch(x, norm), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_is_only_compiled_does_not_run(monkeypatch):
+    x, norm = random(3, 40), norm_of(40)
+    monkeypatch.setattr(blocks.torch, "empty_like", torch.zeros_like)
+    with compiling_together():
+        assert not blocks.layer_norm(x, norm).any()
     torch.testing.assert_close(
         blocks.layer_norm(x, norm), normed_by_torch(x, norm), rtol=1e-4, atol=1e-4
     )
