@@ -22,7 +22,15 @@ from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.storage import StorageOptions
 from pipeline.tables import DecodedShard
 
-__all__ = ["DecodeLimits", "DecodeWorker", "Tally", "decode_shard", "probe_asset", "probe_assets"]
+__all__ = [
+    "DecodeLimits",
+    "DecodeWorker",
+    "Tally",
+    "decode_shard",
+    "probe_asset",
+    "probe_assets",
+    "start_child",
+]
 
 # Told of a death at an input, by the place of its first frame in the shard, and the death's kind:
 # how many of each kind there were at it so far.
@@ -54,6 +62,15 @@ def decode_shard(
         JobError: The child cannot be started.
     """
     return _thread_worker(limits or DecodeLimits()).decode_shard(spec, storage, tally)
+
+
+def start_child(limits: DecodeLimits | None = None) -> None:
+    """Start this thread's child, if it has none, so that the first shard need not wait for it.
+
+    Raises:
+        JobError: It cannot be started.
+    """
+    _thread_worker(limits or DecodeLimits()).start_child()
 
 
 def probe_assets(
@@ -123,6 +140,17 @@ class DecodeWorker:
             self._child.end()
             self._child = None
 
+    def start_child(self) -> DecodeProcess:
+        """Start the child, unless it runs, and return it.
+
+        Raises:
+            JobError: It cannot be started.
+        """
+        if self._child is None or not self._child.is_alive():
+            self._end_child()
+            self._child = DecodeProcess(self.limits)
+        return self._child
+
     def decode_shard(
         self, spec: ShardSpec, storage: StorageOptions | None = None, tally: Tally | None = None
     ) -> DecodedShard:
@@ -163,10 +191,7 @@ class DecodeWorker:
         self, request: Request, fd: int | None, ledger: ShardLedger | ProbeLedger
     ) -> Death | None:
         """Send a request and take events until it is done, or the child is."""
-        if self._child is None or not self._child.is_alive():
-            self._end_child()
-            self._child = DecodeProcess(self.limits)
-        child = self._child
+        child = self.start_child()
         item: int | None = None
         try:
             child.send(request, fd)

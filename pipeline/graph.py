@@ -6,12 +6,9 @@ Fused: each of these actors does all three, a few shards at a time, so nothing i
 processes, and Ray has a third of the tasks to manage.
 """
 
-import os
-import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,21 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from pipeline.deaths import Journal
+from pipeline.actors import AnnotateActor, GpuActor, ThreadedActor, WeightsFile, WholeActor
+from pipeline.decode import DecodeLimits, start_child
 from pipeline.errors import JobError
 from pipeline.pinned import DamagedError, read_pinned
 from pipeline.ray_data import configured
 from pipeline.sinks.parquet import parse_parquet
-from pipeline.stages import (
-    AnnotateShard,
-    DecodeShard,
-    PublishShard,
-    StageContext,
-    cached_store,
-    is_device_lost,
-    is_draining,
-    make_pngs,
-)
+from pipeline.stages import DecodeShard, PublishShard, StageContext, cached_store, make_pngs
 from pipeline.storage import Store
 from pipeline.tables import ShardReceipt
 
@@ -51,9 +40,9 @@ _CPU_ACTOR_CPUS = 0.75
 _MAX_SHARD_RETRIES = 100
 # Of a task whose worker dies; Ray Data would try it for ever.
 _TASK: dict[str, Any] = {"num_cpus": _IO_TASK_CPUS, "max_retries": _MAX_SHARD_RETRIES}
-_EXIT_DEVICE_LOST = 70
-# While one is in the model, the next is decoded, and the one before it is published.
-_FUSED_SHARDS_PER_ACTOR = 2
+# So long workers started together are kept, for that many others to start beside them; loading
+# what they need takes as long.
+_TOGETHER_S = 3.0
 
 GraphKind = Literal["staged", "fused"]
 
@@ -79,6 +68,11 @@ class Resources:
     max_io_tasks: int
     graph: GraphKind = "staged"
 
+    @property
+    def feeds_gpus(self) -> bool:
+        """Whether workers of their own decode and publish for GPUs."""
+        return self.graph == "staged" and self.gpus_per_actor > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PendingPart:
@@ -93,19 +87,6 @@ class PendingPart:
     key: str
     sha256: str | None
     shard_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsFile:
-    """The weights that a job keeps beside its data.
-
-    Attributes:
-        key: Key within the job.
-        sha256: What the job's record pins.
-    """
-
-    key: str
-    sha256: str
 
 
 def choose_graph(num_gpus: float, *, one_machine: bool) -> GraphKind:
@@ -140,7 +121,7 @@ def choose_resources(
     beside = num_cpus - num_actors * _CPU_ACTOR_CPUS
     room = max(1, int((beside / _IO_TASK_CPUS - 1) / 2))
     if graph == "fused":
-        room = num_actors * _FUSED_SHARDS_PER_ACTOR
+        room = num_actors * WholeActor.SHARDS_AT_A_TIME
     return Resources(
         min_actors=num_actors,
         max_actors=num_actors,
@@ -179,7 +160,7 @@ def build_graph(
         **_TASK,
     )
     if resources.graph == "fused":
-        return _in_actors(plan, _WholeActor, context, weights, resources)
+        return _in_actors(plan, WholeActor, context, weights, resources)
     decoded = plan.map_batches(
         DecodeShard(context),
         batch_size=1,
@@ -188,7 +169,7 @@ def build_graph(
         concurrency=resources.max_io_tasks,
         **_TASK,
     )
-    actor = _ThreadedActor if resources.gpus_per_actor else _AnnotateActor
+    actor = GpuActor if resources.gpus_per_actor else AnnotateActor
     return _in_actors(decoded, actor, context, weights, resources).map_batches(
         PublishShard(context),
         batch_size=None,
@@ -201,7 +182,7 @@ def build_graph(
 
 def _in_actors(
     shards: "ray.data.Dataset",
-    actor: "type[_AnnotateActor | _ThreadedActor | _WholeActor]",
+    actor: type[AnnotateActor | ThreadedActor | WholeActor],
     context: StageContext,
     weights: WeightsFile,
     resources: Resources,
@@ -225,6 +206,29 @@ def _in_actors(
             enable_true_multi_threading=at_a_time > 1,
         ),
     )
+
+
+def start_workers(limits: DecodeLimits, resources: Resources) -> None:
+    """Have Ray start the workers of a staged run on one machine, while its models are loaded.
+
+    It would start one per CPU, and the others when both decode and publish want some: just when
+    the first shards are through the model, and each takes three seconds of a core until it and its
+    decoding child are there. Returns at once; what cannot be started fails where it is wanted.
+
+    Args:
+        limits: Of the decoder.
+        resources: What the run takes of the machine.
+    """
+    start = ray.remote(**_TASK)(_start_worker)
+    until_s = time.time() + _TOGETHER_S
+    # Publishing is the shorter: half as many as decode will do.
+    for _ in range(resources.max_io_tasks * 3 // 2):
+        start.remote(limits, until_s)
+
+
+def _start_worker(limits: DecodeLimits, until_s: float) -> None:
+    start_child(limits)
+    time.sleep(max(0.0, until_s - time.time()))
 
 
 def run_graph(
@@ -269,90 +273,6 @@ def run_png_graph(
 def _retry_rules() -> dict[str, int]:
     """Bound what Ray would try for ever; `pipeline.deaths` ends it long before."""
     return {"max_task_retries": _MAX_SHARD_RETRIES}
-
-
-class _AnnotateActor(AnnotateShard):
-    """``AnnotateShard`` that fetches its weights from the job's folder.
-
-    So a restarted actor finds them whatever became of the driver's memory.
-    """
-
-    SHARDS_AT_A_TIME = 1
-    # The next one is there when one is done.
-    SHARDS_IN_FLIGHT = 2
-
-    def __init__(self, context: StageContext, weights: WeightsFile, at_a_time: int = 1) -> None:
-        store = context.store()
-        data = read_pinned(store, weights.key, weights.sha256)
-        journal = Journal(store, context.layout, context.lease, at_a_time=at_a_time)
-        super().__init__(context, data, journal)
-
-    def begin(self, table: pa.Table) -> Callable[[], pa.Table]:
-        with _ending_with_the_device():
-            end = super().begin(table)
-
-        def end_or_exit() -> pa.Table:
-            with _ending_with_the_device():
-                return end()
-
-        return end_or_exit
-
-
-@contextmanager
-def _ending_with_the_device() -> Iterator[None]:
-    """End this process with its device.
-
-    Ray puts another one in its place, and what was under way is tried again there.
-    """
-    try:
-        yield
-    except Exception as error:
-        if is_device_lost(error):
-            sys.stderr.write(f"the device is lost: {error}\n")
-            os._exit(_EXIT_DEVICE_LOST)
-        raise
-
-
-class _ThreadedActor:
-    """``_AnnotateActor`` with a thread for the model: Ray fetches and stores shards meanwhile.
-
-    A GPU has the next shard's frames before it is done with the last ones.
-    """
-
-    # One that ends, one in the model, and one that waits for it.
-    SHARDS_AT_A_TIME = 3
-    # Until Ray Data looks again for what is done, and sends more, a GPU must have enough.
-    SHARDS_IN_FLIGHT = 8
-
-    def __init__(
-        self, context: StageContext, weights: WeightsFile, at_a_time: int = SHARDS_AT_A_TIME
-    ) -> None:
-        # The model keeps to one thread: how many more torch starts is each thread's own setting,
-        # and shards begin one after the other.
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
-        started = self._model.submit(_AnnotateActor, context, weights, at_a_time)
-        self._annotate = started.result()
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        # Looks at storage now and then, which the model need not wait for.
-        is_draining(self._annotate.context)
-        end = self._model.submit(self._annotate.begin, table).result()
-        return end()
-
-
-class _WholeActor:
-    """All three stages in the process that holds the model."""
-
-    SHARDS_AT_A_TIME = _FUSED_SHARDS_PER_ACTOR
-    # No more than are at work, or at the end one actor would hold what others could do.
-    SHARDS_IN_FLIGHT = _FUSED_SHARDS_PER_ACTOR
-
-    def __init__(self, context: StageContext, weights: WeightsFile) -> None:
-        self._decode, self._publish = DecodeShard(context), PublishShard(context)
-        self._annotate = _ThreadedActor(context, weights, self.SHARDS_AT_A_TIME)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return self._publish(self._annotate(self._decode(table)))
 
 
 def _read_committed(store: Store, key: str, sha256: str | None) -> bytes:

@@ -128,7 +128,7 @@ class LoopbackCluster:
 
     def gpu_actors(self) -> list[dict[str, Any]]:
         """What Ray's state API knows of the actors that hold a model beside a GPU."""
-        return [a for a in self.state("actors") if "_ThreadedActor" in a["class_name"]]
+        return [a for a in self.state("actors") if "GpuActor" in a["class_name"]]
 
     def nodes(self) -> list[RayNode]:
         """Every node that was added and not removed, dead or alive, the head first."""

@@ -83,7 +83,7 @@ def embedded_rows(archive: Path, weights: Path, tmp_path_factory) -> list[Row]:
     assert heard <= LOOPBACK
     assert "UNAUTHENTICATED" in answers
     assert "OK" not in answers, "that Ray lets in whoever has no token"
-    assert any("_WholeActor" in command for command in commands)
+    assert any("WholeActor" in command for command in commands)
     idle = [command for command in commands if any(word in command for word in NOT_EMBEDDED)]
     assert idle == [], "processes that one machine's job has no use for"
     token = home / ".ray" / "auth_token"

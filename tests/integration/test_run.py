@@ -1,5 +1,6 @@
 """The whole job over a mixed archive: local and S3 give the same, and every reader opens it."""
 
+from contextlib import suppress
 from itertools import pairwise
 
 import cv2
@@ -7,17 +8,20 @@ import datasets
 import duckdb
 import numpy as np
 import polars as pl
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cluster import connect
 from jobs.demo import run_demo
 from jobs.planner import Planner
-from jobs.spec import check_spec
+from jobs.spec import RaySection, check_spec
 from pipeline.encode import decode_class_ids, decode_depth
 from pipeline.geometry import Geometry, input_size
+from pipeline.sources.assets import DecodeLimits
 from pipeline.storage import open_store
 from segformer3d.weights import model_from_bytes, untrained_weights, weights_to_bytes
-from tests.integration.jobs_under_test import JobUnderTest, make_weights
+from tests.integration.jobs_under_test import JobUnderTest, make_weights, wait_for
 from tests.media import encode_cv2, encode_image, picture, write_video
 
 pytestmark = pytest.mark.ray
@@ -215,3 +219,23 @@ def test_the_demo(tmp_path):
     assert drawn.shape[1] == 3 * 640
     again = run_demo(str(tmp_path / "demo"))
     assert (again.outcome, again.num_computed) == ("done", 0)
+
+
+def test_workers_beside_a_gpu_are_there_before_there_is_work():
+    from pipeline.graph import choose_resources, start_workers
+
+    resources = choose_resources(16, 1, max_io_tasks=4)
+    assert resources.feeds_gpus
+    with connect(RaySection(num_cpus=2)):
+        start_workers(DecodeLimits(), resources)
+        wait_for(lambda: len(decoding_children()) == 6, 60.0)
+    wait_for(lambda: not decoding_children(), 20.0)
+
+
+def decoding_children():
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "pipeline.decode_child" in process.cmdline():
+                found.add(process.pid)
+    return found

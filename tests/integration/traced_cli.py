@@ -95,7 +95,7 @@ class TracedDecode(DecodeShard):
         return decoded
 
 
-class TracedActor(graph._AnnotateActor):
+class TracedActor(graph.AnnotateActor):
     def __call__(self, table: pa.Table) -> pa.Table:
         if table.num_rows == 0:
             return super().__call__(table)
@@ -126,7 +126,7 @@ def trace() -> None:
     """Put the stages that note what they do in the place of the plain ones."""
     for name, traced in {
         "DecodeShard": TracedDecode,
-        "_AnnotateActor": TracedActor,
+        "AnnotateActor": TracedActor,
         "PublishShard": TracedPublish,
         "run_graph": _traced_run_graph,
     }.items():

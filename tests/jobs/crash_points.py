@@ -32,7 +32,7 @@ from pipeline.storage import Store, local
 from pipeline.storage.local import LocalStore
 
 if TYPE_CHECKING:
-    from pipeline.graph import WeightsFile
+    from pipeline.actors import WeightsFile
 
 KINDS = (
     (r"job\.json", "job"),

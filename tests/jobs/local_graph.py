@@ -24,7 +24,8 @@ from jobs.cluster import Cluster
 from jobs.planner import Planner
 from jobs.spec import JobSpec, RaySection
 from pipeline import graph
-from pipeline.graph import PendingPart, Resources, WeightsFile
+from pipeline.actors import WeightsFile
+from pipeline.graph import PendingPart, Resources
 from pipeline.records import Asset, Certainty, ShardSpec
 from pipeline.sources.assets import AssetProbe, DecodeLimits
 from pipeline.stages import DecodeShard, PublishShard, StageContext
@@ -92,7 +93,7 @@ class Footage:
 
 
 class AnnotateStandIn:
-    """``graph._AnnotateActor`` without a network: it reads the weights and looks at them only."""
+    """``actors.AnnotateActor`` without a network: it reads the weights and looks at them only."""
 
     def __init__(self, context: StageContext, weights: WeightsFile) -> None:
         data = context.store().read(weights.key)

@@ -1,4 +1,7 @@
 import contextlib
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -7,7 +10,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from ray.data._internal.execution import streaming_executor_state as state
 
-    from pipeline import graph
+    from pipeline import actors, graph
     from pipeline.ray_data import configured
 
 WAIT = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
@@ -66,7 +69,26 @@ def test_a_gpu_is_looked_after_often_while_its_graph_runs() -> None:
 
 
 def test_a_gpu_has_more_shards_sent_than_it_works_on() -> None:
-    gpu, cpu = graph._ThreadedActor, graph._WholeActor
+    gpu, cpu = actors.GpuActor, actors.WholeActor
     assert gpu.SHARDS_IN_FLIGHT >= 2 * gpu.SHARDS_AT_A_TIME
     # An actor that takes seconds a shard would hold what others could do.
     assert cpu.SHARDS_IN_FLIGHT == cpu.SHARDS_AT_A_TIME
+
+
+@pytest.mark.parametrize("said", [None, "active"])
+def test_beside_a_gpu_threads_that_wait_let_their_cores_go(monkeypatch, said) -> None:
+    # Undone even if it was not set.
+    monkeypatch.setenv("OMP_WAIT_POLICY", said or "")
+    if said is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    seen = []
+    monkeypatch.setattr(
+        actors, "AnnotateActor", lambda *_: seen.append(os.environ["OMP_WAIT_POLICY"])
+    )
+    actors.GpuActor(None, None)
+    assert seen == [said or "passive"]
+
+
+def test_a_gpu_s_workers_do_not_bring_torch_along_before_its_actor_says_how_it_waits() -> None:
+    code = "import sys, pipeline.graph; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
