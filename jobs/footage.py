@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import av
 import cv2
 
-from jobs.progress import say
+from jobs.progress import say, track
 from pipeline.errors import (
     ErrorKind,
     InputError,
@@ -262,7 +262,7 @@ def _listed_files(
     def wanted(key: str) -> bool:
         return own is None or not key.startswith(own)
 
-    listing = list_assets(store, pattern, wanted=wanted)
+    listing = list_assets(store, pattern, wanted=wanted, watch=track)
     if listing.num_unreadable:
         say(f"{listing.num_unreadable} folders could not be read: left out.")
     if not listing.assets:

@@ -116,7 +116,9 @@ class Planner:
             message = f"{self.spec.output.url}: this is the archive's folder; name another --output"
             raise UserError(message)
 
-        listing = list_assets(self.store, self.pattern, wanted=self._is_wanted, with_tars=True)
+        listing = list_assets(
+            self.store, self.pattern, wanted=self._is_wanted, with_tars=True, watch=track
+        )
         if listing.num_unreadable:
             say(f"{listing.num_unreadable} folders of the archive could not be read: left out.")
         assets = _without_outputs(self.store, listing.assets)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """A counter with rate and time left.
+    """A counter with rate and time left; what is over within two seconds is not told.
 
     Args:
         what: What is counted, for the line's head.
@@ -51,10 +51,6 @@ class Progress:
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._bar: tqdm[Never] | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                desc=what, total=total, initial=done, unit=f" {unit}", dynamic_ncols=True
-            )
 
     def __enter__(self) -> Self:
         self._ticker.start()
@@ -64,6 +60,7 @@ class Progress:
         self._over.set()
         self._ticker.join()
         if self._bar is not None:
+            self._draw(self._bar)
             self._bar.close()
         elif time.monotonic() - self._started > _QUIET_FIRST_S:
             self._line()
@@ -74,24 +71,40 @@ class Progress:
         return (self.done - self._first) / max(1e-9, time.monotonic() - self._started)
 
     def advance(self, count: int, **notes: object) -> None:
-        """Count, and say so if it is time."""
+        """Count; what is shown follows."""
         self.done += count
         self.notes |= notes
         self._advanced = time.monotonic()
-        if self._bar is not None:
-            self._bar.set_postfix(self.notes, refresh=False)
-            self._bar.update(count)
 
     def _tick(self) -> None:
         """Show life between two counts: a shard may take a minute."""
         while not self._over.wait(_TICK_S):
             if self._bar is not None:
-                self._bar.refresh()
+                self._draw(self._bar)
             elif time.monotonic() - self._said >= _LINE_EVERY_S:
-                self._line()
+                self._begin()
             if self._if_stalled and time.monotonic() - self._advanced >= _STALLED_S:
                 self._advanced = time.monotonic()
                 say(self._if_stalled)
+
+    def _begin(self) -> None:
+        """A bar on a terminal, elsewhere the next line."""
+        if not sys.stderr.isatty():
+            self._line()
+            return
+        self._bar = tqdm(
+            desc=self.what,
+            total=self.total,
+            initial=self._first,
+            unit=f" {self.unit}",
+            dynamic_ncols=True,
+        )
+        self._bar.start_t -= time.monotonic() - self._started
+
+    def _draw(self, bar: "tqdm[Never]") -> None:
+        bar.set_postfix(self.notes, refresh=False)
+        bar.update(self.done - bar.n)
+        bar.refresh()
 
     def _line(self) -> None:
         self._said = time.monotonic()

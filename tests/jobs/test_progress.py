@@ -1,5 +1,6 @@
 """What is said while something lasts."""
 
+import io
 import subprocess
 import sys
 import time
@@ -35,6 +36,37 @@ def test_a_verb_without_standard_error():
     done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, check=False)
     assert done.returncode == 0
     assert done.stdout
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("seen", [io.StringIO, Terminal])
+def test_what_is_soon_over_is_not_told_and_what_lasts_to_its_end(monkeypatch, seen):
+    monkeypatch.setattr(sys, "stderr", said := seen())
+    assert list(progress.track(range(10), "listing", unit="files")) == list(range(10))
+    assert said.getvalue() == ""
+    monkeypatch.setattr(progress, "_QUIET_FIRST_S", 0.05)
+    monkeypatch.setattr(progress, "_TICK_S", 0.02)
+    with Progress("annotating", 10, done=2) as bar:
+        wait_until(said.getvalue)
+        bar.advance(3, bad=1)
+        wait_until(lambda: seen is not Terminal or "5/10" in said.getvalue())
+        bar.advance(5, bad=2)
+    last = said.getvalue().replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith(
+        "annotating: 100%" if seen is Terminal else "annotating: 10 of 10 frames"
+    )
+    assert "bad=2" in last or "bad 2" in last
+
+
+def wait_until(happened):
+    end = time.monotonic() + 20.0
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_stall_is_told_each_time_and_progress_is_none(monkeypatch, capsys):

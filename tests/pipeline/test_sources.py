@@ -1,6 +1,8 @@
 """Listing, sampling and slicing."""
 
 import os
+import time
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import StorageError, StoreUnavailableError
 from pipeline.records import Asset
+from pipeline.sources import listing as listing_of
 from pipeline.sources.assets import AssetProbe
 from pipeline.sources.listing import list_assets
 from pipeline.sources.slicing import Sampling, sample_frames, slice_asset
@@ -105,6 +108,37 @@ def test_what_cannot_be_read_stays_for_its_probe_to_say_why(tmp_path, monkeypatc
         ("vanished.jpg", False),
     ]
     assert "skipped.jpg" not in asked
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_files_far_away_are_fingerprinted_together(tmp_path, monkeypatch, far):
+    names = [f"{index:03}.jpg" for index in range(200)]
+    fill(tmp_path, *names)
+    store, waiting, most = open_store(str(tmp_path)), set(), []
+
+    def fingerprint(key):
+        waiting.add(key)
+        time.sleep(0.002 if far else 0.0)
+        most.append(len(waiting))
+        waiting.remove(key)
+        return f"of {key}"
+
+    monkeypatch.setattr(store, "fingerprint", fingerprint)
+    # Whatever a busy machine makes of a fingerprint that takes no time.
+    monkeypatch.setattr(listing_of, "_FAR_S", 0.002 if far else 100.0)
+    counts = Counter()
+
+    def watch(items, what, *, total=None, unit):
+        for item in items:
+            counts[what, total, unit] += 1
+            yield item
+
+    listing = list_assets(store, watch=watch)
+    assert [(asset.path, asset.etag) for asset in listing.assets] == [
+        (name, f"of {name}") for name in names
+    ]
+    assert counts == {("listing", None, "files"): 200, ("looking at files", 200, "files"): 200}
+    assert (max(most) > 1) == far
 
 
 @pytest.mark.parametrize("pattern", [None, "**/*.jpg", "*/*.jpg"])
