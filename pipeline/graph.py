@@ -219,7 +219,7 @@ def start_workers(limits: DecodeLimits, resources: Resources) -> None:
         limits: Of the decoder.
         resources: What the run takes of the machine.
     """
-    start = ray.remote(**_TASK)(_start_worker)
+    start = ray.remote(num_cpus=_IO_TASK_CPUS, max_retries=0)(_start_worker)
     until_s = time.time() + _TOGETHER_S
     # Publishing is the shorter: half as many as decode will do.
     for _ in range(resources.max_io_tasks * 3 // 2):
