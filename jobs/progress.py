@@ -1,5 +1,6 @@
 """Progress where a person looks: a bar on a terminal, a plain line now and then elsewhere."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -60,8 +61,9 @@ class Progress:
         self._over.set()
         self._ticker.join()
         if self._bar is not None:
-            self._draw(self._bar)
-            self._bar.close()
+            with _heard_or_not():
+                self._draw(self._bar)
+                self._bar.close()
         elif time.monotonic() - self._started > _QUIET_FIRST_S:
             self._line()
 
@@ -79,10 +81,11 @@ class Progress:
     def _tick(self) -> None:
         """Show life between two counts: a shard may take a minute."""
         while not self._over.wait(_TICK_S):
-            if self._bar is not None:
-                self._draw(self._bar)
-            elif time.monotonic() - self._said >= _LINE_EVERY_S:
-                self._begin()
+            with _heard_or_not():
+                if self._bar is not None:
+                    self._draw(self._bar)
+                elif time.monotonic() - self._said >= _LINE_EVERY_S:
+                    self._begin()
             if self._if_stalled and time.monotonic() - self._advanced >= _STALLED_S:
                 self._advanced = time.monotonic()
                 say(self._if_stalled)
@@ -99,7 +102,10 @@ class Progress:
             unit=f" {self.unit}",
             dynamic_ncols=True,
         )
+        # Rates are of the whole time, not of what is left of it.
         self._bar.start_t -= time.monotonic() - self._started
+        self._bar.last_print_t = self._bar.start_t
+        self._draw(self._bar)
 
     def _draw(self, bar: "tqdm[Never]") -> None:
         bar.set_postfix(self.notes, refresh=False)
@@ -147,11 +153,17 @@ def tell(result: str | bytes) -> None:
 
 def say(message: str) -> None:
     """One line for a person; results go to standard output, this does not."""
-    try:
+    with _heard_or_not():
         tqdm.write(redact(without_controls(message)), file=sys.stderr)
         sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _heard_or_not() -> Iterator[None]:
+    """Go on silently where a disk is full or a reader gone: no reason to end a job."""
+    try:
+        yield
     except OSError:
-        # A full disk, or a reader that is gone: no reason to end a job.
         hush()
 
 

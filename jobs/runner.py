@@ -226,7 +226,7 @@ class _Driver:
     def _compute(self, plan: Plan, manifest: Manifest, missing_pngs: MissingPngs) -> Manifest:
         from jobs.resources import resources_for
         from pipeline.actors import WeightsFile
-        from pipeline.graph import run_graph, run_png_graph, start_workers
+        from pipeline.graph import run_graph, run_png_graph
 
         say("Starting Ray and the models; the first shard comes after about half a minute.")
         with connect(self.job.spec.ray) as cluster:
@@ -241,8 +241,6 @@ class _Driver:
                 resources = resources_for(self.job.spec.ray, cluster, num_pending)
                 record = self.job.record
                 weights = WeightsFile(key=record.weights_key, sha256=record.weights_sha256)
-                if cluster.embedded and resources.feeds_gpus:
-                    start_workers(context.limits, resources)
                 self._follow(run_graph(context, parts, weights, resources), plan, manifest)
                 self.busy = self.times.busy(
                     time.monotonic() - self._first_s,

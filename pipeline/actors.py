@@ -2,14 +2,17 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
+import ray
 
 from pipeline.deaths import Journal
+from pipeline.decode import DecodeLimits, start_child
 from pipeline.pinned import read_pinned
 from pipeline.stages import (
     AnnotateShard,
@@ -20,6 +23,13 @@ from pipeline.stages import (
     is_draining,
 )
 
+# Decode and publish are short beside the model, and all of them must fit beside the actors: if
+# decode could take everything that these leave, nothing would be published, so nothing committed,
+# before the object store is full.
+IO_TASK_CPUS = 1 / 32
+# So long workers started together are kept, for that many others to start beside them; loading
+# what they need takes as long.
+_TOGETHER_S = 3.0
 _EXIT_DEVICE_LOST = 70
 
 
@@ -108,16 +118,49 @@ class ThreadedActor:
 
 
 class GpuActor(ThreadedActor):
-    """``ThreadedActor`` beside a GPU, where torch's threads only copy frames, now and then.
+    """``ThreadedActor`` beside a GPU, whose machine's CPUs decode and publish meanwhile.
 
-    Between two copies they let go of their cores: by default each keeps one busy, waiting, which
-    the decoders want. What the environment says goes first.
+    torch's threads only copy frames here, now and then, and let go of their cores in between: by
+    default each keeps one busy, waiting, which decoding wants. What the environment says goes
+    first.
+
+    Args:
+        context: The run.
+        weights: The model.
+        num_workers: What ``start_workers`` is to start before the model is loaded.
     """
 
-    def __init__(self, context: StageContext, weights: WeightsFile) -> None:
-        # Read when torch is loaded, which is now.
+    def __init__(self, context: StageContext, weights: WeightsFile, num_workers: int = 0) -> None:
+        # Read when torch is loaded, which is in a moment.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # This process has its place; those that follow cannot make it wait for one.
+        if num_workers and not ray.get_runtime_context().was_current_actor_reconstructed:
+            start_workers(context.limits, num_workers)
         super().__init__(context, weights)
+
+
+def start_workers(limits: DecodeLimits, count: int) -> None:
+    """Have Ray start workers for decode and publish tasks, as many as will be wanted at a time.
+
+    It would start one per CPU, and others when both stages want some: just when the first shards
+    are through the model, and each takes three seconds of a core until it and its decoding child
+    are there. Returns at once; what cannot be started fails where it is wanted.
+
+    Args:
+        limits: Of the decoder.
+        count: Workers.
+    """
+    start = ray.remote(num_cpus=IO_TASK_CPUS, max_retries=0)(_start_worker)
+    until_s = time.time() + _TOGETHER_S
+    for _ in range(count):
+        start.remote(limits, until_s)
+
+
+def _start_worker(limits: DecodeLimits, until_s: float) -> None:
+    import ray.data  # noqa: F401 - what its tasks will want, as is this module
+
+    start_child(limits)
+    time.sleep(max(0.0, until_s - time.time()))
 
 
 class WholeActor:

@@ -6,7 +6,6 @@ Fused: each of these actors does all three, a few shards at a time, so nothing i
 processes, and Ray has a third of the tasks to manage.
 """
 
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from pipeline.actors import AnnotateActor, GpuActor, ThreadedActor, WeightsFile, WholeActor
-from pipeline.decode import DecodeLimits, start_child
+from pipeline.actors import (
+    IO_TASK_CPUS,
+    AnnotateActor,
+    GpuActor,
+    ThreadedActor,
+    WeightsFile,
+    WholeActor,
+)
 from pipeline.errors import JobError
 from pipeline.pinned import DamagedError, read_pinned
 from pipeline.ray_data import configured
@@ -26,10 +31,6 @@ from pipeline.stages import DecodeShard, PublishShard, StageContext, cached_stor
 from pipeline.storage import Store
 from pipeline.tables import ShardReceipt
 
-# Decode and publish are short beside the model, and all of them must fit beside the actors: if
-# decode could take everything that these leave, nothing would be published, so nothing committed,
-# before the object store is full.
-_IO_TASK_CPUS = 1 / 32
 # A CPU actor asks for less than the core it keeps busy, so that decode and publish always have
 # room: actors that take every core would starve their own feed.
 _CPU_ACTOR_CPUS = 0.75
@@ -39,10 +40,7 @@ _CPU_ACTOR_CPUS = 0.75
 # them all dies without having noted at what.
 _MAX_SHARD_RETRIES = 100
 # Of a task whose worker dies; Ray Data would try it for ever.
-_TASK: dict[str, Any] = {"num_cpus": _IO_TASK_CPUS, "max_retries": _MAX_SHARD_RETRIES}
-# So long workers started together are kept, for that many others to start beside them; loading
-# what they need takes as long.
-_TOGETHER_S = 3.0
+_TASK: dict[str, Any] = {"num_cpus": IO_TASK_CPUS, "max_retries": _MAX_SHARD_RETRIES}
 
 GraphKind = Literal["staged", "fused"]
 
@@ -59,6 +57,7 @@ class Resources:
         max_io_tasks: Decode tasks at a time, and publish tasks at a time; fused, shards at a time
             that are decoded or published.
         graph: How the stages are wired.
+        early_workers: Workers for such tasks that each actor has Ray start before anything else.
     """
 
     min_actors: int
@@ -67,6 +66,7 @@ class Resources:
     gpus_per_actor: float
     max_io_tasks: int
     graph: GraphKind = "staged"
+    early_workers: int = 0
 
     @property
     def feeds_gpus(self) -> bool:
@@ -119,7 +119,7 @@ def choose_resources(
     num_actors = min(num_actors, max_actors or num_actors)
     # Both kinds of tasks, and the one that reads the plan, must fit beside the actors.
     beside = num_cpus - num_actors * _CPU_ACTOR_CPUS
-    room = max(1, int((beside / _IO_TASK_CPUS - 1) / 2))
+    room = max(1, int((beside / IO_TASK_CPUS - 1) / 2))
     if graph == "fused":
         room = num_actors * WholeActor.SHARDS_AT_A_TIME
     return Resources(
@@ -188,9 +188,12 @@ def _in_actors(
     resources: Resources,
 ) -> "ray.data.Dataset":
     at_a_time = actor.SHARDS_AT_A_TIME
+    arguments: tuple[object, ...] = (context, weights)
+    if actor is GpuActor:
+        arguments += (resources.early_workers,)
     return shards.map_batches(
         actor,
-        fn_constructor_args=(context, weights),
+        fn_constructor_args=arguments,
         # One block is one shard anyway; with None, Ray refuses to give actors a GPU.
         batch_size=1,
         batch_format="pyarrow",
@@ -206,29 +209,6 @@ def _in_actors(
             enable_true_multi_threading=at_a_time > 1,
         ),
     )
-
-
-def start_workers(limits: DecodeLimits, resources: Resources) -> None:
-    """Have Ray start the workers of a staged run on one machine, while its models are loaded.
-
-    It would start one per CPU, and the others when both decode and publish want some: just when
-    the first shards are through the model, and each takes three seconds of a core until it and its
-    decoding child are there. Returns at once; what cannot be started fails where it is wanted.
-
-    Args:
-        limits: Of the decoder.
-        resources: What the run takes of the machine.
-    """
-    start = ray.remote(num_cpus=_IO_TASK_CPUS, max_retries=0)(_start_worker)
-    until_s = time.time() + _TOGETHER_S
-    # Publishing is the shorter: half as many as decode will do.
-    for _ in range(resources.max_io_tasks * 3 // 2):
-        start.remote(limits, until_s)
-
-
-def _start_worker(limits: DecodeLimits, until_s: float) -> None:
-    start_child(limits)
-    time.sleep(max(0.0, until_s - time.time()))
 
 
 def run_graph(

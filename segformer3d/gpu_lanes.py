@@ -96,7 +96,7 @@ class Lanes:
             own = slice(start, min(start + width, len(frames)))
             parts = [None if result is None else result[own] for result in results]
             # In turns from one call to the next, too.
-            lanes[self._started % LANES].start(frames[own], parts)
+            lanes[self._started % len(lanes)].start(frames[own], parts)
             self._started += 1
         ends = [(lane, lane.end()) for lane in lanes]
 
@@ -144,24 +144,26 @@ class Lanes:
     def _record(self, annotate: Annotate, key: Key) -> list[_Lane]:
         from triton.errors import TritonError
 
-        width, shape, size = key
+        (width, shape, size), device = key, self._device
+        lanes: list[_Lane] = []
         try:
             # A recording that fails may not give the stream back.
-            with torch.cuda.stream(torch.cuda.current_stream(self._device)):
-                return [
-                    _Lane((width, *shape), lambda pixels: annotate(pixels, size), self._device)
-                    for _ in range(LANES)
-                ]
+            with torch.cuda.stream(torch.cuda.current_stream(device)):
+                for _ in range(LANES):
+                    lanes += [_Lane((width, *shape), lambda pixels: annotate(pixels, size), device)]
         except torch.OutOfMemoryError:
-            # Those of other shapes hold memory; the next call may try again.
-            self._drop(len(self._lanes))
-            return []
+            # What fits will do, if it is not only that those of other shapes hold memory: then the
+            # next call may try again.
+            if len(lanes) < 2 and self._lanes:
+                self._drop(len(self._lanes))
+                return []
         except (RuntimeError, TritonError) as error:
             # Raises if the device is lost; if it is not, the same goes without a recording.
             torch.cuda.synchronize(self._device)
             _log.warning("the GPU runs without recorded graphs: %s", error)
             self._may_record = False
             return []
+        return lanes
 
 
 def upload(frames: Frames, device: torch.device) -> Tensor:
@@ -224,7 +226,7 @@ class _Lane:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self.outs = annotate(self._pixels)
-        # Whoever waits lets the core go: decoding wants it.
+        # Threads that wait in turns would each keep a core busy.
         self._has_room = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def start(self, frames: Frames, results: Sequence[Tensor | None]) -> None:
@@ -245,7 +247,6 @@ class _Lane:
 
     def end(self) -> Callable[[], None]:
         """What waits, in any thread, for all that was started until now: results are written."""
-        # Threads that wait in turns would each keep a core busy.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         wait: Callable[[], None] = event.synchronize

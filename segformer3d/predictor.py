@@ -13,6 +13,7 @@ import logging
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -310,7 +311,7 @@ def _gpu_network(
     try:
         from triton.errors import TritonError
 
-        from segformer3d.gpu_launch import compiling_together
+        from segformer3d.gpu_launch import compile_together
         from segformer3d.gpu_network import GpuNetwork
     except ImportError as error:
         _log.warning("the GPU runs without fused kernels: %s", error)
@@ -325,8 +326,7 @@ def _gpu_network(
                 torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
                 for side in (SIDE_MULTIPLE, 16 * SIDE_MULTIPLE)
             ]
-            with compiling_together():
-                _run_all(network, squares)
+            compile_together(partial(_run_all, network, squares))
             _run_all(network, squares)
             torch.cuda.synchronize(device)
     except torch.AcceleratorError:

@@ -45,7 +45,8 @@ TAR_EXTENSION = "tar"
 # A fingerprint takes 0.04 ms where the file is in memory, and there threads wait for each other:
 # four times as long. From a network's folder it takes this and more, and threads wait together.
 _FAR_S = 0.0005
-_FILES_AT_A_TIME = 64
+_FILES_AT_A_TIME = 32
+_SLOW_TURNS_MAX = 2  # in a row: once may be a machine that is busy
 
 T = TypeVar("T")
 
@@ -173,14 +174,15 @@ def _assets(
             etag = ""
         return Asset(path=path, kind=kind, size_bytes=info.size_bytes, etag=etag)
 
-    paths = iter(found)
+    paths, num_slow = iter(found), 0
     with ThreadPoolExecutor(threads, thread_name_prefix="fingerprint") as pool:
         while turn := list(itertools.islice(paths, _FILES_AT_A_TIME)):
             started_s = time.perf_counter()
             described = [describe(path) for path in turn]
             took_s = time.perf_counter() - started_s
             yield from described
-            if took_s > _FAR_S * len(turn):
+            num_slow = num_slow + 1 if took_s > _FAR_S * len(turn) else 0
+            if num_slow == _SLOW_TURNS_MAX:
                 yield from pool.map(describe, paths)
 
 

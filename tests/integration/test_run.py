@@ -222,20 +222,23 @@ def test_the_demo(tmp_path):
 
 
 def test_workers_beside_a_gpu_are_there_before_there_is_work():
-    from pipeline.graph import choose_resources, start_workers
+    import ray
 
-    resources = choose_resources(16, 1, max_io_tasks=4)
-    assert resources.feeds_gpus
+    from pipeline.actors import start_workers
+
     with connect(RaySection(num_cpus=2)):
-        start_workers(DecodeLimits(), resources)
-        wait_for(lambda: len(decoding_children()) == 6, 60.0)
-    wait_for(lambda: not decoding_children(), 20.0)
+        # From a worker, as an actor does.
+        ray.get(ray.remote(num_cpus=0.5)(start_workers).remote(DecodeLimits(), 6))
+        # Without being asked, Ray has one worker per CPU, and no child.
+        wait_for(lambda: len(decoding_children()) > 2, 120.0)
+        children = decoding_children()
+    wait_for(lambda: not any(child.is_running() for child in children), 20.0)
 
 
 def decoding_children():
-    found = set()
+    found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if "pipeline.decode_child" in process.cmdline():
-                found.add(process.pid)
+                found.append(process)
     return found

@@ -1,6 +1,7 @@
 """What is said while something lasts."""
 
 import io
+import re
 import subprocess
 import sys
 import time
@@ -60,6 +61,17 @@ def test_what_is_soon_over_is_not_told_and_what_lasts_to_its_end(monkeypatch, se
         "annotating: 100%" if seen is Terminal else "annotating: 10 of 10 frames"
     )
     assert "bad=2" in last or "bad 2" in last
+
+
+def test_a_bar_s_first_rate_is_of_all_the_time_that_it_took(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", said := Terminal())
+    monkeypatch.setattr(progress, "_QUIET_FIRST_S", 0.5)
+    monkeypatch.setattr(progress, "_TICK_S", 0.02)
+    with Progress("listing", None, unit="files") as bar:
+        bar.advance(1000)
+        wait_until(said.getvalue)
+    rate = float(re.search(r"([\d.]+) files/s", said.getvalue())[1])
+    assert rate <= 1000 / 0.5
 
 
 def wait_until(happened):

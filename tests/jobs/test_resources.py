@@ -33,3 +33,16 @@ def test_the_job_names_its_own_graph_and_tasks() -> None:
     assert resources_for(RaySection(graph="staged"), LAPTOP, 1000).graph == "staged"
     assert resources_for(RaySection(graph="fused"), CLUSTER, 1000).graph == "fused"
     assert resources_for(RaySection(max_io_tasks=1), CLUSTER, 1000).max_io_tasks == 1
+
+
+def test_workers_are_started_early_beside_gpus_and_for_no_more_than_there_is_to_do() -> None:
+    def early(cluster: Cluster, num_shards: int, **settings: object) -> int:
+        resources = resources_for(RaySection(**settings), cluster, num_shards)
+        return resources.early_workers * resources.max_actors
+
+    assert early(GPU_MACHINE, 1000) == 24
+    assert early(GPU_MACHINE, 1000, max_io_tasks=4) == 8
+    assert early(GPU_MACHINE, 2) == 4
+    assert early(GPU_MACHINE, 1000, graph="fused") == 0
+    assert early(LAPTOP, 1000, graph="staged") == 0
+    assert early(Cluster(num_cpus=16, num_gpus=4, embedded=False), 1000) == 0

@@ -22,7 +22,7 @@ def test_every_stage_fits_beside_the_actors(num_cpus: int, num_gpus: int) -> Non
     resources = graph.choose_resources(num_cpus, num_gpus)
     actors = resources.max_actors * resources.cpus_per_actor
     # One task reads the plan; decode and publish each have as many as they may.
-    tasks = (1 + 2 * resources.max_io_tasks) * graph._IO_TASK_CPUS
+    tasks = (1 + 2 * resources.max_io_tasks) * graph.IO_TASK_CPUS
     assert actors + tasks <= num_cpus
 
 
@@ -32,7 +32,7 @@ def test_tasks_are_as_many_as_wanted_but_fit(num_cpus: int) -> None:
     resources = graph.choose_resources(num_cpus, 0, max_io_tasks=10_000)
     actors = resources.max_actors * resources.cpus_per_actor
     assert resources.max_io_tasks > 1
-    assert actors + (1 + 2 * resources.max_io_tasks) * graph._IO_TASK_CPUS <= num_cpus
+    assert actors + (1 + 2 * resources.max_io_tasks) * graph.IO_TASK_CPUS <= num_cpus
 
 
 def test_no_more_actors_than_are_wanted() -> None:
@@ -46,7 +46,7 @@ def test_fused_actors_and_the_task_that_feeds_them_fit(num_cpus: int) -> None:
     resources = graph.choose_resources(num_cpus, 0, graph="fused")
     assert (resources.graph, resources.max_actors) == ("fused", num_cpus)
     actors = resources.max_actors * resources.cpus_per_actor
-    assert actors + graph._IO_TASK_CPUS <= num_cpus
+    assert actors + graph.IO_TASK_CPUS <= num_cpus
     assert resources.max_io_tasks <= 2 * num_cpus
     assert graph.choose_resources(num_cpus, 0).graph == "staged"
 
@@ -81,7 +81,7 @@ def test_beside_a_gpu_threads_that_wait_let_their_cores_go(monkeypatch, said) ->
     monkeypatch.setenv("OMP_WAIT_POLICY", said or "")
     if said is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
-    seen = []
+    seen: list[str] = []
     monkeypatch.setattr(
         actors, "AnnotateActor", lambda *_: seen.append(os.environ["OMP_WAIT_POLICY"])
     )

@@ -3,9 +3,11 @@
 What only a GPU can show is in test_predictor.py, marked `gpu`.
 """
 
+import functools
 import os
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -202,6 +204,30 @@ def test_a_recording_without_room_is_tried_again(lanes, monkeypatch, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("num_fitting", [1, 2])
+def test_as_many_lanes_as_fit_will_do(lanes, monkeypatch, num_fitting):
+    room = [num_fitting]
+
+    class Scarce(LaneOnCpu):
+        def __init__(self, *arguments):
+            if not room[0]:
+                raise torch.OutOfMemoryError("injected")
+            room[0] -= 1
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(gpu_lanes, "_Lane", Scarce)
+    assert run(lanes, frames_of(11)) == [4, 4, 3]
+    for count in (11, 30, 4):
+        assert run(lanes, frames_of(count)) == [count]
+    assert len(LaneOnCpu.made) == num_fitting
+    # Of another shape none fits, until these are gone.
+    for _ in range(2):
+        assert run(lanes, frames_of(11, side=64)) == [4, 4, 3]
+    assert not lanes._lanes
+    room[0] = num_fitting
+    assert run(lanes, frames_of(11, side=64)) == [11]
+
+
 def test_results_that_cannot_be_pinned_come_all_the_same(lanes, monkeypatch):
     def refuse(*_):
         raise RuntimeError("CUDA error: out of memory")
@@ -219,6 +245,60 @@ def test_what_was_given_back_is_not_recorded_again_at_once(lanes):
         run(lanes, frames_of(6))
     assert lanes.clear()
     assert run(lanes, frames_of(6)) == [4, 2]
+
+
+class KernelStandIn:
+    """What a kernel of Triton's does when launched: it hands its compiling to the mode there is."""
+
+    def __init__(self, active_mode, errors):
+        self.active_mode = active_mode
+        self.device_caches, self.errors, self.threads = {0: ({}, "target")}, errors, set()
+
+    def compile(self):
+        self.threads.add(threading.get_ident())
+        if self.errors:
+            raise self.errors.pop()
+        return "compiled"
+
+    def run(self, *_, grid, warmup):
+        cache = self.device_caches[0][0]
+        if grid in cache:
+            return
+        mode = self.active_mode.get()
+        if mode is None:
+            cache[grid] = self.compile()
+            return
+        assert warmup
+        finish = functools.partial(cache.__setitem__, grid)
+        cache[grid] = mode.submit((id(self), grid), self.compile, finish)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_kernels_compile_together_and_what_fails_is_tried_again(interrupt):
+    from triton.runtime._async_compile import active_mode
+
+    from segformer3d.gpu_launch import compile_together, launch
+
+    good = KernelStandIn(active_mode, [])
+    bad = KernelStandIn(active_mode, [RuntimeError("no room on the disk")])
+
+    def run_all():
+        for kernel in (good, bad):
+            for side in (1, 2):
+                launch(kernel, (side,))
+        if interrupt:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if interrupt else nullcontext():
+        compile_together(run_all)
+    assert threading.get_ident() not in good.threads
+    assert active_mode.get() is None
+    assert good.device_caches[0][0] == {(1,): "compiled", (2,): "compiled"}
+    assert list(bad.device_caches[0][0].values()) == ["compiled"]
+    for side in (1, 2):
+        launch(bad, (side,))
+    assert bad.device_caches[0][0] == {(1,): "compiled", (2,): "compiled"}
 
 
 class FullOfGraphs:
