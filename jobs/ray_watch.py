@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
@@ -27,8 +28,9 @@ def watch_cluster(address: str, ask_head: Callable[[], str]) -> None:
     """
     from ray._private import worker
 
-    _watch(_watch_raylet, worker._global_node.raylet_socket_name)
-    _watch(_watch_head, address, ask_head)
+    node = worker._global_node
+    _watch(_watch_raylet, node, node.raylet_socket_name)
+    _watch(_watch_head, node, address, ask_head)
 
 
 def watch_embedded() -> None:
@@ -38,19 +40,25 @@ def watch_embedded() -> None:
     """
     from ray._private import worker
 
-    _watch(_watch_daemons, worker._global_node.all_processes["raylet"][0].process.pid)
+    node = worker._global_node
+    _watch(_watch_daemons, node, node.all_processes["raylet"][0].process.pid)
 
 
 def _watch(watch: Callable[..., None], *arguments: object) -> None:
     threading.Thread(target=watch, args=arguments, name="ray-watch", daemon=True).start()
 
 
-def _watch_raylet(path: str) -> None:
+def _is_in_use(node: object) -> bool:
+    """Whether this process has not left that Ray; it may have another by now."""
     from ray._private import worker
 
-    while worker._global_node is not None:
+    return worker._global_node is node
+
+
+def _watch_raylet(node: object, path: str) -> None:
+    while _is_in_use(node):
         if not _await_close(path):
-            _stop_at_once("this machine's Ray node was stopped")
+            _stop_at_once(node, "this machine's Ray node was stopped")
         time.sleep(0.05)
 
 
@@ -72,12 +80,10 @@ def _await_close(path: str) -> bool:
     return True
 
 
-def _watch_head(address: str, ask: Callable[[], str]) -> None:
-    from ray._private import worker
-
+def _watch_head(node: object, address: str, ask: Callable[[], str]) -> None:
     # Not since it was last heard: this process may have stood still itself.
     silent_since_s: float | None = None
-    while worker._global_node is not None:
+    while _is_in_use(node):
         time.sleep(_HEAD_CHECK_S)
         asked_s = time.monotonic()
         if ask() not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}:
@@ -85,28 +91,24 @@ def _watch_head(address: str, ask: Callable[[], str]) -> None:
         elif silent_since_s is None:
             silent_since_s = asked_s
         elif time.monotonic() - silent_since_s > _HEAD_GONE_S:
-            _stop_at_once(f"the head of the Ray cluster at {address} is gone")
+            _stop_at_once(node, f"the head of the Ray cluster at {address} is gone")
 
 
-def _stop_at_once(why: str) -> None:
-    """End this process unless it is leaving Ray already; a resume goes on."""
-    from ray._private import worker
-
-    if worker._global_node is not None:
+def _stop_at_once(node: object, why: str) -> None:
+    """End this process unless it is leaving that Ray already; a resume goes on."""
+    if _is_in_use(node):
         message = f"segformer3d: {why}; what is committed stays, resume the job\n"
         os.write(2, message.encode())
         os._exit(_EXIT_INTERRUPTED)
 
 
-def _watch_daemons(raylet_pid: int) -> None:
-    from ray._private import worker
-
+def _watch_daemons(node: Any, raylet_pid: int) -> None:
     agent: psutil.Process | None = None
-    while (node := worker._global_node) is not None:
+    while _is_in_use(node):
         agent = agent or _agent(raylet_pid)
         if node.dead_processes() or (agent is not None and _is_dead(agent)):
             time.sleep(_GRACE_S)
-            _stop_at_once("Ray was stopped")
+            _stop_at_once(node, "Ray was stopped")
         time.sleep(1.0)
 
 

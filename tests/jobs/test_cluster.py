@@ -1,9 +1,11 @@
 """What stands between us and Ray, without Ray."""
 
+import os
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -45,6 +47,33 @@ def test_who_hangs_up_is_noticed_at_once_and_who_is_gone_is_told_from_who_is_the
         line.close()
         assert waiting.result(timeout=5)
     assert not ray_watch._await_close(path)
+
+
+class DeadNode:
+    def dead_processes(self):
+        return ["raylet"]
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_watch_is_of_one_ray_though_another_begins_at_once(monkeypatch, capfd, follows):
+    worker = cluster._import_ray()._private.worker
+    node, exits = DeadNode(), []
+
+    def exit_with(code):
+        exits.append(code)
+        worker._global_node = None
+
+    monkeypatch.setattr(worker, "_global_node", node)
+    monkeypatch.setattr(ray_watch, "_GRACE_S", 0.2)
+    monkeypatch.setattr(ray_watch.os, "_exit", exit_with)
+    watch = Thread(target=ray_watch._watch_daemons, args=(node, os.getpid()))
+    watch.start()
+    if follows:
+        worker._global_node = DeadNode()
+    watch.join(20.0)
+    assert not watch.is_alive()
+    assert exits == ([] if follows else [130])
+    assert ("Ray was stopped" in capfd.readouterr().err) != follows
 
 
 @pytest.mark.parametrize(
