@@ -25,7 +25,7 @@ import ray.data
 from benchmarks.model import machine
 from jobs.cluster import connect
 from jobs.spec import RaySection
-from pipeline.actors import ThreadedActor
+from pipeline.actors import GpuActor
 from pipeline.graph import _TASK
 from pipeline.ray_data import configured
 
@@ -119,7 +119,7 @@ def _sleep(milliseconds: float, table: pa.Table) -> pa.Table:
 class StandIn:
     """A GPU's actor: one thread begins shards, and may while the one before is in the model."""
 
-    AT_A_TIME = ThreadedActor.SHARDS_AT_A_TIME
+    AT_A_TIME = GpuActor.SHARDS_AT_A_TIME
 
     def __init__(self, model_ms: float) -> None:
         self._model_s = model_ms / 1000

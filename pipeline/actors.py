@@ -90,19 +90,9 @@ def _ending_with_the_device() -> Iterator[None]:
 
 
 class ThreadedActor:
-    """``AnnotateActor`` with a thread for the model: Ray fetches and stores shards meanwhile.
+    """``AnnotateActor`` with a thread for the model: Ray fetches and stores shards meanwhile."""
 
-    A GPU has the next shard's frames before it is done with the last ones.
-    """
-
-    # One that ends, one in the model, and one that waits for it.
-    SHARDS_AT_A_TIME = 3
-    # Until Ray Data looks again for what is done, and sends more, a GPU must have enough.
-    SHARDS_IN_FLIGHT = 8
-
-    def __init__(
-        self, context: StageContext, weights: WeightsFile, at_a_time: int = SHARDS_AT_A_TIME
-    ) -> None:
+    def __init__(self, context: StageContext, weights: WeightsFile, at_a_time: int) -> None:
         # The model keeps to one thread: how many more torch starts is each thread's own setting,
         # and shards begin one after the other.
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -118,7 +108,7 @@ class ThreadedActor:
 
 
 class GpuActor(ThreadedActor):
-    """``ThreadedActor`` beside a GPU, whose machine's CPUs decode and publish meanwhile.
+    """``ThreadedActor`` beside a GPU, which has the next shard's frames before the last are done.
 
     torch's threads only copy frames here, now and then, and let go of their cores in between: by
     default each keeps one busy, waiting, which decoding wants. What the environment says goes
@@ -130,13 +120,18 @@ class GpuActor(ThreadedActor):
         num_workers: What ``start_workers`` is to start before the model is loaded.
     """
 
+    # One that ends, one in the model, and one that waits for it.
+    SHARDS_AT_A_TIME = 3
+    # Until Ray Data looks again for what is done, and sends more, a GPU must have enough.
+    SHARDS_IN_FLIGHT = 8
+
     def __init__(self, context: StageContext, weights: WeightsFile, num_workers: int = 0) -> None:
         # Read when torch is loaded, which is in a moment.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # This process has its place; those that follow cannot make it wait for one.
         if num_workers and not ray.get_runtime_context().was_current_actor_reconstructed:
             start_workers(context.limits, num_workers)
-        super().__init__(context, weights)
+        super().__init__(context, weights, self.SHARDS_AT_A_TIME)
 
 
 def start_workers(limits: DecodeLimits, count: int) -> None:

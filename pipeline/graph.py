@@ -19,7 +19,6 @@ from pipeline.actors import (
     IO_TASK_CPUS,
     AnnotateActor,
     GpuActor,
-    ThreadedActor,
     WeightsFile,
     WholeActor,
 )
@@ -182,7 +181,7 @@ def build_graph(
 
 def _in_actors(
     shards: "ray.data.Dataset",
-    actor: type[AnnotateActor | ThreadedActor | WholeActor],
+    actor: type[AnnotateActor | GpuActor | WholeActor],
     context: StageContext,
     weights: WeightsFile,
     resources: Resources,
